@@ -1,0 +1,1 @@
+"""Spiking network architectures: functions that return modules."""
