@@ -1,0 +1,273 @@
+"""Data sets: real pixels as uint8, their splits, and augmentation that stays on uint8.
+
+A set is whole in memory: [N, C, H, W] for images, [T, N, C, H, W] for event frames. Pixels stay uint8 until the
+network's input table (docs/arithmetic.md), so that training, freezing and every engine read the same codes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mdsnn.kernels.errors import ConfigError, InputError, MissingError
+
+from .images import Coding, read_image
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+DIGITS_TEST = 450
+DIGITS_SPLIT = 20251204
+"""Random state of the digits' split: fixed, so that an accuracy always speaks of the same 450 images."""
+KNOWN_ELSEWHERE = ("cifar10", "cifar100", "tinyimagenet", "ncaltech101")
+"""Sets of the paper that this version has no reader for."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with its split, as uint8.
+
+    train_x, test_x  images [N, C, H, W], or event counts [T, N, C, H, W]
+    train_y, test_y  [N] int64, in range(len(labels))
+    mean, std        (C,) of the training pixels / 255: what the input table subtracts and divides by
+    labels           the name of each class     coding  "image" or "events"     name  what `load` calls it
+    flips            whether a mirrored sample keeps its label (digits do not)
+    """
+
+    train_x: Pixels
+    train_y: Labels
+    test_x: Pixels
+    test_y: Labels
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    labels: tuple[str, ...]
+    coding: Coding
+    name: str
+    flips: bool = False
+
+    def __post_init__(self) -> None:
+        axes, batch = (4, 0) if self.coding == "image" else (5, 1)
+        for what, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
+            if x.dtype != np.uint8 or x.ndim != axes or x.size == 0:
+                raise InputError(
+                    f"data set '{self.name}': {what} pixels are {list(x.shape)} {x.dtype}, not {axes} axes of uint8"
+                )
+            if y.dtype != np.int64 or y.shape != (x.shape[batch],):
+                raise InputError(
+                    f"data set '{self.name}': {x.shape[batch]} {what} samples, labels {list(y.shape)} {y.dtype}"
+                )
+            if y.min() < 0 or y.max() >= len(self.labels):
+                raise InputError(f"data set '{self.name}': a {what} label is outside 0..{len(self.labels) - 1}")
+        if self.train_x.shape[-3:] != self.test_x.shape[-3:]:
+            raise InputError(
+                f"data set '{self.name}': train {self.train_x.shape[-3:]} and test {self.test_x.shape[-3:]} differ"
+            )
+        if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0.0:
+            raise InputError(f"data set '{self.name}': mean and std must be one value a channel, std above 0")
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return int(self.train_x.shape[-3])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return int(self.train_x.shape[-2]), int(self.train_x.shape[-1])
+
+    def digest(self) -> str:
+        """sha256 over the training samples and labels: a resumed run must see the same ones."""
+        state = hashlib.sha256(repr((self.train_x.shape, self.mean, self.std)).encode())
+        state.update(np.ascontiguousarray(self.train_x).tobytes())
+        state.update(np.ascontiguousarray(self.train_y).tobytes())
+        return state.hexdigest()
+
+
+def moments(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of [..., C, H, W] uint8, divided by 255, rounded to 4 digits.
+
+    A channel of one value only gets std 1, so that the input table stays finite.
+    """
+    axes = tuple(axis for axis in range(pixels.ndim) if axis != pixels.ndim - 3)
+    mean = np.atleast_1d(np.mean(pixels, axis=axes, dtype=np.float64)) / 255.0
+    std = np.atleast_1d(np.std(pixels, axis=axes, dtype=np.float64)) / 255.0
+    return tuple(round(float(m), 4) for m in mean), tuple(round(float(s), 4) or 1.0 for s in std)
+
+
+# ------------------------------------------------------------------------------------------------------ the sets
+
+
+def digits() -> Dataset:
+    """scikit-learn's digits: 1,797 scanned 8x8 images, stratified into 1,347 to train on and 450 to test on.
+
+    Pixels 0..16 become round(v * 255 / 16). Source: UCI "Optical Recognition of Handwritten Digits", test part.
+    raises  MissingError  if scikit-learn is not installed
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as fault:
+        raise MissingError("the digits come with scikit-learn: pip install 'mdsnn[train]'") from fault
+    source = load_digits()
+    pixels = np.rint(source.images * (255.0 / 16.0)).astype(np.uint8)[:, None]
+    train, test = train_test_split(
+        np.arange(len(pixels)), test_size=DIGITS_TEST, stratify=source.target, random_state=DIGITS_SPLIT
+    )
+    y = source.target.astype(np.int64)
+    mean, std = moments(pixels[train])
+    names = tuple(str(name) for name in source.target_names)
+    return Dataset(pixels[train], y[train], pixels[test], y[test], mean, std, names, "image", "digits")
+
+
+def imagefolder(data_path: str | os.PathLike[str]) -> Dataset:
+    """Image files in DATA_PATH/train/CLASS/* and DATA_PATH/test/CLASS/*; classes in the order of their names.
+
+    All images must have the size of the first; they are grey (C = 1) if all of them are, else RGB.
+    raises  InputError  for a missing folder, unequal classes, a class without images, or an unreadable image
+    """
+    root = Path(data_path)
+    listing = {split: _classes(root / split) for split in ("train", "test")}
+    labels = tuple(listing["train"])
+    if labels != tuple(listing["test"]):
+        odd = sorted(set(listing["train"]) ^ set(listing["test"]))
+        raise InputError(f"{root}: train and test hold different classes: {', '.join(odd[:5])}")
+    files = [(split, label, path) for split in listing for label, paths in listing[split].items() for path in paths]
+    channels = 1 if all(_grey(path) for _, _, path in files) else 3
+    size = read_image(files[0][2], channels).shape[1:]
+    pixels: dict[str, list[Pixels]] = {"train": [], "test": []}
+    targets: dict[str, list[int]] = {"train": [], "test": []}
+    for split, label, path in files:
+        pixels[split].append(read_image(path, channels, (size[0], size[1])))
+        targets[split].append(labels.index(label))
+    train_x, test_x = np.stack(pixels["train"]), np.stack(pixels["test"])
+    mean, std = moments(train_x)
+    y = {split: np.array(targets[split], np.int64) for split in targets}
+    return Dataset(train_x, y["train"], test_x, y["test"], mean, std, labels, "image", "imagefolder", flips=True)
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; an image folder holds train/CLASS/* and test/CLASS/*")
+    found = {
+        child.name: sorted(path for path in child.iterdir() if path.is_file() and not path.name.startswith("."))
+        for child in sorted(folder.iterdir())
+        if child.is_dir() and not child.name.startswith(".")
+    }
+    empty = [name for name, paths in found.items() if not paths]
+    if not found or empty:
+        raise InputError(f"{folder}: {f'class {empty[0]!r} holds no image' if empty else 'holds no class folder'}")
+    return found
+
+
+def _grey(path: Path) -> bool:
+    pixels = read_image(path, 3)
+    return bool(np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2]))
+
+
+def _digits(data_path: str | os.PathLike[str] | None) -> Dataset:
+    return digits()
+
+
+def _imagefolder(data_path: str | os.PathLike[str] | None) -> Dataset:
+    if data_path is None:
+        raise ConfigError("data 'imagefolder' needs data_path (--data-path), the folder that holds train/ and test/")
+    return imagefolder(data_path)
+
+
+DATASETS: dict[str, Callable[[str | os.PathLike[str] | None], Dataset]] = {
+    "digits": _digits,
+    "imagefolder": _imagefolder,
+}
+"""Readers by name; each takes data_path or None. A set of your own is one entry more."""
+
+
+def check_name(name: str) -> str:
+    """Return `name` in lower case if `load` knows it; raises ConfigError, with the nearest name, if not."""
+    key = name.lower()
+    if key in DATASETS:
+        return key
+    choices = ", ".join(sorted(DATASETS))
+    if key.replace("-", "").replace("_", "") in KNOWN_ELSEWHERE:
+        raise ConfigError(
+            f"data {name!r} has no reader in this version; available are {choices} (imagefolder reads your own files)"
+        )
+    near = difflib.get_close_matches(key, DATASETS, n=1)
+    raise ConfigError(f"unknown data {name!r}; choose from {choices}{f'. Did you mean {near[0]!r}?' if near else ''}")
+
+
+def load(name: str, data_path: str | os.PathLike[str] | None = None) -> Dataset:
+    """The data set called `name`: "digits" (needs no files) or "imagefolder" (reads data_path).
+
+    raises  ConfigError for an unknown name; what the reader raises (InputError, MissingError, StorageError)
+    """
+    return DATASETS[check_name(name)](data_path)
+
+
+# -------------------------------------------------------------------------------------------------- augmentation
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes to a batch: shift by up to `shift` pixels, mirror half of it, blank a `cutout`-sized square."""
+
+    shift: int = 0
+    flip: bool = False
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} = {value!r} must be a whole number of at least 0"
+            for name, value in (("shift", self.shift), ("cutout", self.cutout))
+            if type(value) is not int or value < 0
+        ]
+        if type(self.flip) is not bool:
+            faults.append(f"flip = {self.flip!r} must be true or false")
+        if faults:
+            raise ConfigError("augmentation: " + "; ".join(faults))
+
+
+def augment(x: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Change a batch of uint8 samples at random; every timestep of a sample changes alike.
+
+    x        [N, C, H, W] or [T, N, C, H, W] uint8
+    returns  the same shape, uint8: shifted (a random crop of the zero-padded sample), mirrored left to right with
+             probability 1/2, and with one square of zeros, clipped at the border, centred anywhere
+    """
+    count, height, width = x.shape[-4], x.shape[-2], x.shape[-1]
+    if augmentation.shift:
+        pad = augmentation.shift
+        dy, dx = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(x.device)
+        padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
+        rows = (dy[:, None] + torch.arange(height, device=x.device))[:, None, :, None]
+        columns = (dx[:, None] + torch.arange(width, device=x.device))[:, None, None, :]
+        sample = torch.arange(count, device=x.device)[:, None, None, None]
+        channel = torch.arange(x.shape[-3], device=x.device)[None, :, None, None]
+        x = padded[..., sample, channel, rows, columns]
+    if augmentation.flip:
+        chosen = (torch.rand(count, generator=generator) < 0.5).to(x.device)
+        x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
+    if augmentation.cutout:
+        cy = torch.randint(0, height, (count,), generator=generator).to(x.device)
+        cx = torch.randint(0, width, (count,), generator=generator).to(x.device)
+        half = augmentation.cutout // 2
+        y, z = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+        inside_y = (y >= (cy - half)[:, None]) & (y < (cy - half + augmentation.cutout)[:, None])
+        inside_x = (z >= (cx - half)[:, None]) & (z < (cx - half + augmentation.cutout)[:, None])
+        hidden = (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+        x = x.masked_fill(hidden, 0)
+    return x
+
+
+def take(x: Pixels, index: npt.NDArray[np.int64] | slice, coding: Literal["image", "events"]) -> Pixels:
+    """The samples `index` of a set: along axis 0 of images, along axis 1 of event frames."""
+    return x[index] if coding == "image" else x[:, index]
