@@ -1,10 +1,10 @@
 """The strict container of artifacts and checkpoints: a safetensors file with one document and one digest.
 
-Layout: 8 bytes little-endian header length, a JSON header, the tensors' bytes. The header's `__metadata__` holds exactly
-one key, whose text is the canonical JSON of the document with a field `sha256`. Any safetensors reader opens the file; this
-one is stricter, so that one content has one spelling and no flipped bit goes unnoticed:
+Layout: 8 bytes little-endian header length, a JSON header, the tensors' bytes. The header's `__metadata__` holds
+exactly one key, whose text is the canonical JSON of the document with a field `sha256`. Any safetensors reader opens
+the file; this one is stricter, so that one content has one spelling and no flipped bit goes unnoticed:
 
-1. header and document equal their own canonical JSON serialization byte for byte (sorted keys, no spaces, ASCII, no NaN);
+1. header and document equal their own canonical JSON byte for byte (sorted keys, no spaces, ASCII, no NaN);
 2. the tensors tile the data exactly, ordered by element size (widest first) and then by name;
 3. sha256 covers the header, with the digest's own field empty, and the data. It is always checked.
 

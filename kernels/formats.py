@@ -46,7 +46,7 @@ def check_bits(bits: int, what: str = "bits") -> int:
 
 def delta(bits: int) -> int:
     """Largest code of a symmetric `bits`-wide quantizer: 2**(bits-1) - 1 (MD-SNN, below Eq. 3)."""
-    return 2 ** (check_bits(bits) - 1) - 1
+    return (1 << (check_bits(bits) - 1)) - 1
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def pack_nibbles(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
 
     returns  uint8, ceil(codes.size / 2); an odd count leaves the last high nibble 0
     """
-    flat = codes.reshape(-1).astype(np.uint8) & 15
+    flat: npt.NDArray[np.uint8] = codes.reshape(-1).astype(np.uint8) & np.uint8(15)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
-    packed: npt.NDArray[np.uint8] = flat[0::2] | (flat[1::2] << 4)
+    packed: npt.NDArray[np.uint8] = flat[0::2] | (flat[1::2] << np.uint8(4))
     return packed
 
 
@@ -228,6 +228,18 @@ def affine_constants(
                     rounding = max(rounding, (grid.saturation + abs(t[c]) * grid.one) / (2.0 * abs(a)))
                 break
     return Affine(multiplier, offset, shift, rounding)
+
+
+def dense_table(
+    multiplier: Array, offset: Array, shift: Array, acc_lo: Array, acc_hi: Array, grid: Grid
+) -> npt.NDArray[np.int32]:
+    """The affine form tabulated over every reachable accumulator: rows of hi - lo + 1 entries, channels in order."""
+    rows = []
+    for a, b, g, lo, hi in zip(
+        *(np.asarray(x, np.int64) for x in (multiplier, offset, shift, acc_lo, acc_hi)), strict=True
+    ):
+        rows.append(np.clip((a * np.arange(lo, hi + 1) + b) >> g, -grid.saturation, grid.saturation))
+    return np.concatenate(rows).astype(np.int32)
 
 
 # ------------------------------------------------------------------------------------------------- membranes

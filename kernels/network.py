@@ -390,8 +390,9 @@ class _Prover:
         ):
             if type(value) is not int or not 1 <= value <= limit:
                 raise NetworkError(f"input {what} = {value!r} is outside 1..{limit}")
-        if any(type(text) is not str for text in (*net.labels, *net.notes, *net.notes.values())):
-            raise NetworkError("labels and notes must be texts")
+        for text in (*net.labels, *net.notes, *net.notes.values()):
+            if type(text) is not str or not text.isprintable():
+                raise NetworkError(f"labels and notes must be printable texts, got {text!r:.60}")
 
     def _check_name(self, node: Node, place: int) -> None:
         name = node.name

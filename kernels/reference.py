@@ -1,8 +1,8 @@
 """Every kernel in NumPy: THE definition. Where an engine differs from this file, the engine is wrong.
 
 One function a node type, plain and slow. Values are [N, C, H, W] at one timestep, in int64, so that nothing here can
-overflow (kernels/network.py proves that narrower widths cannot either). docs/arithmetic.md has the mathematics; the same
-names, in the same order of arguments, stand in jit.py.
+overflow (kernels/network.py proves that narrower widths cannot either). docs/arithmetic.md has the mathematics; the
+same names, in the same order of arguments, stand in jit.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _windows(x: Array, height: int, width: int, stride: int, padding: int) -> Ar
 
 
 def conv2d(x: Array, weight: Array, stride: int, padding: int, groups: int) -> Array:
-    """Accumulators of a convolution: acc[n,o,y,x] = sum over (c, i, j) of weight[o,c,i,j] * x[n, c, y*stride+i, ...]."""
+    """Accumulators of a convolution: the sum of weight[o,c,i,j] * x[n,c,y*stride+i,x*stride+j] at (n,o,y,x)."""
     c_out, per_group, kh, kw = weight.shape
     windows = _windows(x, kh, kw, stride, padding)
     n, _, height, width = windows.shape[:4]
@@ -43,30 +43,35 @@ def conv2d(x: Array, weight: Array, stride: int, padding: int, groups: int) -> A
 
 def linear(x: Array, weight: Array) -> Array:
     """Accumulators of a fully connected layer: (N, in, 1, 1) to (N, out, 1, 1)."""
-    return (x[:, :, 0, 0] @ weight.astype(np.int64).T)[:, :, None, None]
+    acc: Array = x[:, :, 0, 0] @ weight.astype(np.int64).T
+    return acc[:, :, None, None]
 
 
 def bn_affine(acc: Array, multiplier: Array, offset: Array, shift: Array, saturation: int) -> Array:
     """y = clamp((multiplier*acc + offset) >> shift, -C, C) per channel; >> floors."""
     a, b, g = (constant.astype(np.int64)[None, :, None, None] for constant in (multiplier, offset, shift))
-    return np.clip((a * acc + b) >> g, -saturation, saturation)
+    y: Array = np.clip((a * acc + b) >> g, -saturation, saturation)
+    return y
 
 
 def bn_dense(acc: Array, table: Array, lo: Array, hi: Array) -> Array:
     """y = table entry acc - lo of its channel's row; rows of hi - lo + 1 entries follow each other."""
     sizes = hi - lo + 1
     start = np.cumsum(sizes) - sizes - lo
-    return table.astype(np.int64)[acc + start[None, :, None, None]]
+    y: Array = table.astype(np.int64)[acc + start[None, :, None, None]]
+    return y
 
 
 def residual_add(a: Array, b: Array) -> Array:
     """a + b on the same grid, exact."""
-    return a + b
+    total: Array = a + b
+    return total
 
 
 def requantize(x: Array, shift: int, bits: int) -> Array:
     """Stream to shortcut codes: clip((x + 2**(shift-1)) >> shift, -delta, delta)."""
-    return np.clip((x + (1 << (shift - 1))) >> shift, -delta(bits), delta(bits))
+    codes: Array = np.clip((x + (1 << (shift - 1))) >> shift, -delta(bits), delta(bits))
+    return codes
 
 
 def membrane_code(u: Array, thresholds: Array, bits: int) -> Array:
@@ -107,14 +112,17 @@ def lif_step(
 
 def max_pool(x: Array, kernel: int, stride: int, padding: int) -> Array:
     """OR of the spikes in each window; padding adds none."""
-    return _windows(x, kernel, kernel, stride, padding).max(axis=(4, 5))
+    spikes: Array = _windows(x, kernel, kernel, stride, padding).max(axis=(4, 5))
+    return spikes
 
 
 def sum_pool(x: Array, kernel_height: int, kernel_width: int, stride: int, padding: int) -> Array:
     """Sum of each window; padding counts as 0."""
-    return _windows(x, kernel_height, kernel_width, stride, padding).sum(axis=(4, 5))
+    counts: Array = _windows(x, kernel_height, kernel_width, stride, padding).sum(axis=(4, 5))
+    return counts
 
 
 def readout(total: Array, weight: Array, bias: Array) -> Array:
     """Logits (N, classes) of the sum over time `total` (N, in, 1, 1): weight @ total + bias."""
-    return total[:, :, 0, 0] @ weight.astype(np.int64).T + bias.astype(np.int64)
+    logits: Array = total[:, :, 0, 0] @ weight.astype(np.int64).T + bias.astype(np.int64)
+    return logits
