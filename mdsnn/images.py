@@ -86,18 +86,29 @@ def read_image(
     raises   InputError, StorageError, MissingError as `load_pixels`
     """
     try:
-        from PIL import Image
+        import PIL.Image  # noqa: F401  (only asked whether it is there)
     except ImportError as fault:
         raise MissingError("reading image files needs Pillow: pip install pillow") from fault
     content = read_bounded(path, MAX_IMAGE_BYTES, what="image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow warns of is refused below, or does not touch the pixels
+        pixels = _decode(path, content, channels, size, resize)
+    if pixels.ndim == 2:
+        return pixels[None]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _decode(
+    path: str | os.PathLike[str], content: bytes, channels: int, size: tuple[int, int] | None, resize: bool
+) -> Pixels:
+    """[H, W] or [H, W, 3] of an image's bytes; the checks stand before the decoding."""
+    from PIL import Image
+
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Exception as fault:  # on hostile bytes Pillow raises nearly any type; all of them mean the same here
-        raise InputError(
-            f"{path}: not a readable image ({_kind(fault)}); known formats are {', '.join(FORMATS)}"
-        ) from fault
+        known = ", ".join(FORMATS)
+        raise InputError(f"{path}: not a readable image ({_kind(fault)}); known formats are {known}") from fault
     with image:
         found_w, found_h = image.size
         if found_w * found_h > MAX_PIXELS:
@@ -108,19 +119,14 @@ def read_image(
                 " Resize it, or pass --resize (resize=True)"
             )
         if image.mode not in MODES:
-            raise InputError(
-                f"{path}: pixels of mode {image.mode} are deeper than 8 bits; convert the image to 8 bits first"
-            )
+            raise InputError(f"{path}: pixels of mode {image.mode} are deeper than 8 bits; make it an 8-bit image")
         try:
             picture = image.convert("L" if channels == 1 else "RGB")
             if size is not None and (found_h, found_w) != size:
                 picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            pixels = np.array(picture, np.uint8)
+            return np.array(picture, np.uint8)
         except Exception as fault:  # see above: a fault in the compressed data shows only here
             raise InputError(f"{path}: damaged image ({_kind(fault)}). Truncated?") from fault
-    if pixels.ndim == 2:
-        return pixels[None]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 # -------------------------------------------------------------------------------------------------- .npy batches
@@ -204,10 +210,11 @@ def _header(path: str | os.PathLike[str], stream: BinaryIO) -> tuple[np.dtype[An
 def _wrong_dtype(path: str | os.PathLike[str], dtype: np.dtype[Any], stream: BinaryIO) -> str:
     """Say what to do about an array of another dtype; of integers, look whether a cast would keep the values."""
     if dtype.kind in "iu":
-        low, high = 0, 0
+        ends: list[int] = []
         while block := stream.read(dtype.itemsize << 16):
             values = np.frombuffer(block, dtype)
-            low, high = min(low, int(values.min())), max(high, int(values.max()))
+            ends += [int(values.min()), int(values.max())]
+        low, high = min(ends, default=0), max(ends, default=0)
         if low >= 0 and high <= 255:
             return (
                 f"{path}: pixels must be uint8, found {dtype.name} with values in 0..255; save it with .astype('uint8')"

@@ -1,0 +1,394 @@
+"""Checkpoints: the tensors of a model and its optimizer, random states and one JSON document; no pickle.
+
+The file is the strict container of `mdsnn.kernels.container`. Tensors are named `model/<name>`,
+`optimizer/<parameter>/<slot>` and `generator/<name>`; the document holds the model's configuration (what
+`mdsnn.models.build` takes), the epoch, the resolved recipe and the history. A PyTorch checkpoint of another program
+(.pth) is read by a process of its own (`load_foreign`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mdsnn.kernels.container import MAX_FILE, canonical_json, pack, unpack
+from mdsnn.kernels.errors import ArtifactError, CheckpointError, FormatError, InputError, MdsnnError
+from mdsnn.kernels.files import read_bounded, write_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[Any]
+
+KEY = "mdsnn.checkpoint"
+FORMAT = "mdsnn.checkpoint/1"
+_FOREIGN_KEY = "mdsnn.foreign"
+_FIELDS: dict[str, type] = {
+    "config": dict,
+    "epoch": int,
+    "format": str,
+    "history": list,
+    "labels": list,
+    "optimizer": dict,
+    "recipe": dict,
+}
+_SHOWN = 3
+"""How many tensor names a message quotes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    document  `format`; `config` of the model; `epoch`, the number finished; `recipe`, `history` and `labels` of the
+              training; `optimizer`, the part of its state that is no tensor
+    tensors   name -> array, read-only
+    where     the file's name, for messages
+    """
+
+    document: dict[str, Any]
+    tensors: dict[str, Array]
+    where: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds the model."""
+        config: dict[str, Any] = self.document["config"]
+        return config
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return int(self.document["epoch"])
+
+    def group(self, prefix: str) -> dict[str, Array]:
+        """The tensors under `prefix/`, without it."""
+        return {name[len(prefix) + 1 :]: x for name, x in self.tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    epoch: int = 0,
+    generators: Mapping[str, torch.Generator] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+    labels: Sequence[str] = (),
+    force: bool = False,
+) -> None:
+    """Write a checkpoint, whole or not at all; the same state gives the same bytes.
+
+    model    must carry `config`, what `mdsnn.models.build` rebuilds it from
+    force    replace a file that exists
+    raises   CheckpointError  for a NaN or infinity, a model without `config`, or a tensor the file cannot hold
+             StorageError     if the file cannot be written
+    """
+    config = getattr(model, "config", None)
+    if type(config) is not dict:
+        raise CheckpointError(f"{path}: the model has no `config` dictionary, so that no file could rebuild it")
+    tensors = {f"model/{name}": _numpy(value) for name, value in model.state_dict().items()}
+    state: dict[str, Any] = {}
+    if optimizer is not None:
+        slots, state = _split_optimizer(optimizer.state_dict())
+        tensors |= slots
+    for name, generator in (generators or {}).items():
+        tensors[f"generator/{name}"] = _numpy(generator.get_state())
+    _check_finite(str(path), tensors)
+    document = {
+        "config": config,
+        "epoch": epoch,
+        "format": FORMAT,
+        "history": [dict(row) for row in history],
+        "labels": list(labels),
+        "optimizer": state,
+        "recipe": dict(recipe or {}),
+    }
+    try:
+        canonical_json(document)
+        content = pack(tensors, document, KEY)
+    except (TypeError, ValueError) as fault:
+        raise CheckpointError(f"{path}: config, recipe or history is not plain JSON: {fault}") from fault
+    except ArtifactError as fault:
+        raise CheckpointError(f"{path}: {fault}") from fault
+    write_bytes(path, content, force=force)
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read and check a checkpoint of ours.
+
+    raises  InputError       if the file is missing, empty or no regular file
+            CheckpointError  if it is damaged, of a newer format, of another kind, or holds NaN or infinity
+    """
+    where = str(path)
+    content = read_bounded(path, MAX_FILE, what="checkpoint")
+    if content[:2] == b"PK" or content[:1] == b"\x80":
+        raise CheckpointError(
+            f"{where}: this is a PyTorch pickle, not a checkpoint of mdsnn; read it with load_foreign"
+        )
+    document, tensors = unpack(content, KEY, where, error=CheckpointError)
+    found = document.get("format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{where}: format {found!r}; this version reads {FORMAT!r}. Update mdsnn, or save it again"
+        )
+    if set(document) != set(_FIELDS):
+        odd = sorted(set(document) ^ set(_FIELDS))
+        raise CheckpointError(f"{where}: document: missing or unknown fields {', '.join(odd[:_SHOWN])}")
+    for name, kind in _FIELDS.items():
+        if type(document[name]) is not kind:
+            raise CheckpointError(
+                f"{where}: document: {name} must be a {kind.__name__}, not {type(document[name]).__name__}"
+            )
+    if document["epoch"] < 0:
+        raise CheckpointError(f"{where}: document: epoch = {document['epoch']} is below 0")
+    if any(type(label) is not str for label in document["labels"]):
+        raise CheckpointError(f"{where}: document: a label is no text")
+    if any(type(row) is not dict for row in document["history"]):
+        raise CheckpointError(f"{where}: document: a row of the history is no table")
+    _check_finite(where, tensors)
+    return Checkpoint(document, tensors, where)
+
+
+def build_model(checkpoint: Checkpoint) -> torch.nn.Module:
+    """Rebuild the model of a checkpoint, with its tensors, in evaluation mode.
+
+    raises  CheckpointError  if the configuration builds no model, or one that the tensors do not fit
+    """
+    import torch
+
+    from .models import build
+
+    where = checkpoint.where
+    try:
+        _check_config(where, checkpoint)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn and then overwritten
+            model: torch.nn.Module = build(checkpoint.config)
+    except CheckpointError:
+        raise
+    except MdsnnError as fault:
+        raise CheckpointError(f"{where}: its config builds no model: {fault}") from fault
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as fault:
+        raise CheckpointError(f"{where}: its config builds no model: {type(fault).__name__}: {fault}") from fault
+    apply(model, checkpoint.group("model"), where)
+    return model.eval()
+
+
+def apply(model: torch.nn.Module, tensors: Mapping[str, Array], where: str) -> None:
+    """Copy tensors into a model by name; every one must be there, and fit, and none be left over.
+
+    raises  CheckpointError  naming the first tensors that do not; the model is then unchanged
+    """
+    import torch
+
+    state = model.state_dict()
+    faults = []
+    for what, names in (("missing", state.keys() - tensors.keys()), ("unknown", tensors.keys() - state.keys())):
+        if names:
+            faults.append(f"{len(names)} {what}, such as {', '.join(sorted(names)[:_SHOWN])}")
+    shared = [name for name in state if name in tensors]
+    unfit = [name for name in shared if tuple(state[name].shape) != tensors[name].shape]
+    if unfit:
+        some = (f"{name} {list(tensors[name].shape)} for {list(state[name].shape)}" for name in unfit[:_SHOWN])
+        faults.append(f"{len(unfit)} misshapen, such as {', '.join(some)}")
+    mixed = [name for name in shared if state[name].is_floating_point() != (tensors[name].dtype.kind == "f")]
+    if mixed:
+        faults.append(f"{len(mixed)} of another kind of number, such as {', '.join(mixed[:_SHOWN])}")
+    if faults:
+        raise CheckpointError(f"{where}: tensors of another architecture: {'; '.join(faults)}")
+    _check_finite(where, tensors)
+    model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in state})
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Give an optimizer of the same parameters the state it had when the checkpoint was saved.
+
+    raises  CheckpointError  if the checkpoint holds no such state, or one of another optimizer
+    """
+    import torch
+
+    where, saved = checkpoint.where, checkpoint.document["optimizer"]
+    current = optimizer.state_dict()
+    try:
+        state: dict[int, dict[str, Any]] = {int(index): dict(slots) for index, slots in saved["state"].items()}
+        for name, array in checkpoint.group("optimizer").items():
+            index, slot = name.split("/")
+            state.setdefault(int(index), {})[slot] = torch.from_numpy(np.array(array))
+        groups = [dict(group) for group in saved["groups"]]
+        same = [group["params"] for group in groups] == [group["params"] for group in current["param_groups"]]
+        keys = [set(group) for group in groups] == [set(group) for group in current["param_groups"]]
+        shapes = all(
+            slot.ndim == 0 or slot.shape == parameter.shape
+            for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+            for slot in state.get(index, {}).values()
+            if isinstance(slot, torch.Tensor)
+        )
+        if not (same and keys and shapes):
+            raise ValueError("its parameters or options differ")
+        for group in groups:
+            if "betas" in group:
+                group["betas"] = tuple(group["betas"])
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        kind = type(optimizer).__name__
+        raise CheckpointError(f"{where}: holds no state for this {kind} optimizer: {fault}") from fault
+
+
+def restore_generators(generators: Mapping[str, torch.Generator], checkpoint: Checkpoint) -> None:
+    """Set random generators to their saved states; raises CheckpointError if one is missing or damaged."""
+    import torch
+
+    saved = checkpoint.group("generator")
+    for name, generator in generators.items():
+        if name not in saved:
+            raise CheckpointError(f"{checkpoint.where}: holds no random state {name!r}; it cannot be resumed exactly")
+        try:
+            generator.set_state(torch.from_numpy(np.array(saved[name])))
+        except (TypeError, RuntimeError) as fault:
+            raise CheckpointError(f"{checkpoint.where}: random state {name!r}: {fault}") from fault
+
+
+def _numpy(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array
+
+
+def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    tensors: dict[str, Array] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for index, slots in state["state"].items():
+        rest[str(index)] = {}
+        for slot, value in slots.items():
+            if hasattr(value, "detach"):
+                tensors[f"optimizer/{index}/{slot}"] = _numpy(value)
+            else:
+                rest[str(index)][slot] = value
+    return tensors, {"state": rest, "groups": [dict(group) for group in state["param_groups"]]}
+
+
+def _check_finite(where: str, tensors: Mapping[str, Array]) -> None:
+    bad = [name for name, x in tensors.items() if x.dtype.kind == "f" and not np.isfinite(x).all()]
+    if bad:
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        raise CheckpointError(f"{where}: NaN or infinity in {', '.join(sorted(bad)[:_SHOWN])}{more}")
+
+
+def _check_config(where: str, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that asks for more than the file's own tensors, before a byte is allocated for it."""
+    elements = sum(x.size for x in checkpoint.tensors.values())
+    blocks, widths = checkpoint.config.get("blocks"), checkpoint.config.get("widths")
+    for name, values, limit in (("blocks", blocks, len(checkpoint.tensors)), ("widths", widths, elements)):
+        if values is None:
+            continue
+        if type(values) is not list or any(type(value) is not int or value < 1 for value in values):
+            raise CheckpointError(f"{where}: config: {name} = {values!r} must be a list of whole numbers above 0")
+        if sum(values) > limit:
+            raise CheckpointError(
+                f"{where}: config: {name} = {values!r} ask for more than its {limit} tensors or elements"
+            )
+    numbers = list(checkpoint.config.values())
+    while numbers:
+        value = numbers.pop()
+        if type(value) is list:
+            numbers.extend(value)
+        elif type(value) is dict:
+            numbers.extend(value.values())
+        elif type(value) is int and abs(value) > 1 << 20:
+            raise CheckpointError(f"{where}: config: {value} is over the limit of {1 << 20} for any size")
+
+
+# ----------------------------------------------------------------------------------------- PyTorch's own checkpoints
+
+
+def load_foreign(path: str | os.PathLike[str], *, timeout_s: float = 120.0, megabytes: int = 1024) -> dict[str, Array]:
+    """Read the tensors of another program's PyTorch checkpoint (.pth, .pt), in a process of its own.
+
+    The process calls `torch.load(weights_only=True)` with no fallback, bounded by `timeout_s` and, where the system
+    can, by `megabytes` + four times the file in memory. The state dictionary is the file itself, or its entry
+    `state_dict`, `model_state_dict`, `model` or `net`; a prefix `module.` that all names share is dropped. Half
+    precision widens to float32.
+
+    returns  name -> array. `apply` holds the names and shapes against a model
+    raises   InputError       if the file is missing, empty or too large
+             CheckpointError  if it cannot be read under these terms: wants to run code, is damaged, has no tensors
+    """
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+    except OSError as fault:
+        raise InputError(f"{path}: no such file, or not readable; a PyTorch checkpoint was expected") from fault
+    if not file.is_file() or not 0 < size <= MAX_FILE:
+        raise InputError(f"{path}: not a regular file of 1..{MAX_FILE} bytes; a PyTorch checkpoint was expected")
+    limit = (megabytes << 20) + 4 * size
+    command = [sys.executable, "-P", "-c", "from mdsnn.checkpoint import _foreign_main; _foreign_main()"]
+    try:
+        done = subprocess.run(
+            [*command, str(file.resolve()), str(limit)], capture_output=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired as fault:
+        raise CheckpointError(f"{path}: was not read within {timeout_s:g} s and was given up") from fault
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        why = said[-1][:300] if said else f"the reading process ended with {done.returncode}"
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint of plain tensors: {why}")
+    return unpack(done.stdout, _FOREIGN_KEY, str(path), error=CheckpointError)[1]
+
+
+def _foreign_main() -> None:
+    """The child of `load_foreign`: arguments path and memory limit; a container on stdout, or one line on stderr."""
+    import torch
+
+    path, limit = sys.argv[1], int(sys.argv[2])
+    try:
+        _limit_memory(limit)
+        tensors = _foreign_tensors(torch.load(path, map_location="cpu", weights_only=True))
+        sys.stdout.buffer.write(pack(tensors, {}, _FOREIGN_KEY))
+        sys.stdout.buffer.flush()
+    except Exception as fault:  # the process ends here; the parent turns the line into a CheckpointError
+        text = str(fault).strip().splitlines() or [""]
+        sys.stderr.write(f"{type(fault).__name__}: {text[0][:250]}\n")
+        raise SystemExit(1) from None
+
+
+def _limit_memory(limit: int) -> None:
+    """Cap this process's address space at what it has already plus `limit` bytes; nothing where that is not known."""
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+    except (ImportError, OSError, ValueError):
+        return
+
+
+def _foreign_tensors(content: Any) -> dict[str, Array]:
+    import torch
+
+    state = content
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise FormatError("no state dictionary in it")
+    wrapped = all(str(name).startswith("module.") for name in state)
+    tensors: dict[str, Array] = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise FormatError(
+                f"entry {str(name)!r} is no plain tensor; entries are {', '.join(map(str, list(state)[:6]))}"
+            )
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value = value.float()
+        elif value.dtype == torch.bool:
+            value = value.to(torch.uint8)
+        tensors[str(name)[len("module.") :] if wrapped else str(name)] = _numpy(value)
+    return tensors
