@@ -1,0 +1,765 @@
+"""The layers of a quantized spiking network.
+
+Every layer takes and returns values [T', N, C, H, W]. T' is the number of timesteps, or 1 for a value that is the same
+at every step, such as all that comes before the first LIF in direct coding: it is computed once a sample, and adding
+it to a value of T steps broadcasts.
+
+A layer lives twice. While training it is *live*: real numbers, quantized by the straight-through functions of
+mdsnn.quantizers, or not at all where its bits are 32 (a teacher is the same network with 32 everywhere).
+`mdsnn.freeze.freeze` gives it integer `constants`; from then on the same module computes on integers, exactly, on the
+CPU, and its weights are not looked at again. Section numbers below are those of docs/arithmetic.md.
+
+    kind of value       live                    frozen
+    codes               code * step             int8, int32       images, event counts, shortcut codes
+    spikes              0.0, 1.0                uint8
+    counts              mean of spikes          int32 sums        pools of spikes; the divisor moves into what reads them
+    accumulators        weight * input          int32
+    stream              real, on the grid       int32             BN's output and sums of it
+
+A network of your own is any module whose forward composes these layers and `+`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mdsnn.kernels.errors import ConfigError, InputError, LoweringError, MdsnnError
+from mdsnn.kernels.formats import (
+    EVENT_RANGE,
+    FLOAT32_EXACT,
+    IMAGE_FRAC_BITS,
+    SHORTCUT_RANGE_LOG2,
+    Grid,
+    delta,
+    event_table,
+    image_table,
+)
+
+from . import surrogate as surrogates
+from .neurons import LifCodes, check_neuron, lif_step, lif_step_codes
+from .quantizers import (
+    ALPHA_FLOOR,
+    BN_GRIDS,
+    FULL_PRECISION,
+    check_width,
+    fake_quantize_bn,
+    fake_quantize_membrane,
+    fake_quantize_weight,
+    round_to_codes,
+    round_to_grid,
+)
+
+ALPHAS = ("ema", "dynamic", "learned")
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return int(first), int(second)
+
+
+def fold(x: Tensor) -> Tensor:
+    """[T', N, ...] to [T'*N, ...]: what has no state runs on all steps at once."""
+    return x.flatten(0, 1)
+
+
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """[T'*N, ...] back to [T', N, ...], with T' and N of `like`."""
+    return x.unflatten(0, (like.shape[0], like.shape[1]))
+
+
+class Layer(nn.Module):
+    """Base of every layer here: `live` computes on real values, `integer` on the constants that `freeze` put in."""
+
+    constants: Any = None
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.constants is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.live(x) if self.constants is None else self.integer(x)
+
+    def live(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def integer(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Block(nn.Module):
+    """Marks a module as one block: `taps(model, "block")` reads what comes out of it."""
+
+
+class Group(nn.Sequential):
+    """Marks a sequence of blocks as one group: `taps(model, "group")` reads what comes out of it."""
+
+
+# ----------------------------------------------------------------------------------------------------- input
+
+
+class PixelInput(Layer):
+    """Direct coding (section 2, Input): pixels to codes on a grid of 2**-5, the same at every step.
+
+    mean, std   one value a channel, of pixels in 0..1
+    takes       uint8 [N, C, H, W]      returns  [1, N, C, H, W] in -4..3.97 (frozen: int8 codes)
+    Augment before it, on uint8. A teacher reads the same codes.
+    """
+
+    table: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(float(m) for m in mean), tuple(float(s) for s in std)
+        self.register_buffer("table", torch.from_numpy(image_table(self.mean, self.std)), persistent=False)
+
+    def live(self, x: Tensor) -> Tensor:
+        return _look_up(x, self.table, 4).float().mul(2.0**-IMAGE_FRAC_BITS).unsqueeze(0)
+
+    def integer(self, x: Tensor) -> Tensor:
+        return _look_up(x, self.table, 4).unsqueeze(0)
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean}, std={self.std}"
+
+
+class EventInput(Layer):
+    """Event frames: counts, saturating at 127, one frame a step.
+
+    takes   uint8 [T, N, C, H, W]      returns  the same shape, 0..127 (frozen: int8 codes)
+    """
+
+    table: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("table", torch.from_numpy(event_table(channels)), persistent=False)
+
+    def live(self, x: Tensor) -> Tensor:
+        return _look_up(x, self.table, 5).float()
+
+    def integer(self, x: Tensor) -> Tensor:
+        return _look_up(x, self.table, 5)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, saturates at {EVENT_RANGE[1]}"
+
+
+def _look_up(x: Tensor, table: Tensor, axes: int) -> Tensor:
+    wanted = "[N, C, H, W]" if axes == 4 else "[T, N, C, H, W]"
+    if x.dtype != torch.uint8 or x.ndim != axes or x.shape[-3] != table.shape[0]:
+        raise InputError(
+            f"the input is {x.dtype} {tuple(x.shape)}, where uint8 {wanted} with C = {table.shape[0]} is needed"
+        )
+    channels = torch.arange(table.shape[0], device=x.device)[:, None, None]
+    return table[channels, x.long()]
+
+
+# ------------------------------------------------------------------------------------- weights: conv, linear
+
+
+@dataclass(frozen=True, eq=False)
+class SumCodes:
+    """A frozen convolution or linear layer.
+
+    weight     (C_out, ...) int8      alpha  real weight = alpha * weight / delta(bits)
+    low, high  (C_out,) int64, what an accumulator can reach        step  real value of one input code
+    affine     the BN table, where no BN layer follows this one
+    """
+
+    weight: Tensor
+    bits: int
+    alpha: float
+    low: Tensor
+    high: Tensor
+    step: float
+    affine: AffineCodes | None
+
+    @property
+    def reach(self) -> int:
+        return max(-int(self.low.min()), int(self.high.max()))
+
+    def carrier(self) -> torch.dtype:
+        """float32 where sums stay below 2**24, so that every order of summation is exact; else float64."""
+        full = torch.get_float32_matmul_precision() == "highest"
+        return torch.float32 if full and self.reach < FLOAT32_EXACT else torch.float64
+
+
+@contextlib.contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    """No Winograd (NNPACK) and no bfloat16 (autocast) in a sum that has to be exact."""
+    with torch.backends.nnpack.flags(enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
+class _Weighted(Layer):
+    """What QuantConv2d and QuantLinear share: parameters, their quantizer, the frozen sums."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    constants: SumCodes | None = None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        weight_bits: int,
+        output_grid: Grid | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        self.weight_bits = check_width(weight_bits, "weight_bits")
+        self.output_grid = output_grid
+        self.weight = nn.Parameter(torch.empty(shape))
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+
+    def quantized_weight(self) -> Tensor:
+        """The weight the live forward multiplies by: alpha * codes / delta, or the weight itself at 32 bits."""
+        return fake_quantize_weight(self.weight, self.weight_bits)
+
+    def sums(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def live(self, x: Tensor) -> Tensor:
+        y = unfold(self.sums(fold(x), self.quantized_weight(), self.bias), x)
+        return y if self.output_grid is None else round_to_grid(y, self.output_grid)
+
+    def integer(self, x: Tensor) -> Tensor:
+        codes = self.constants
+        assert codes is not None  # forward chose
+        carrier = codes.carrier()
+        with _plain_arithmetic():
+            acc = self.sums(fold(x).to(carrier), codes.weight.to(carrier), None).to(torch.int32)
+        return unfold(acc if codes.affine is None else codes.affine(acc), x)
+
+
+class QuantConv2d(_Weighted):
+    """A convolution of codes, spikes or counts with zero padding; weights by Eq. 3.
+
+    weight_bits  2..8, or 32 for full precision
+    bias         folded into the BN table when frozen
+    output_grid  give the residual grid where no BN layer follows: the output is then rounded and saturated as BN's is
+    generator    draws the initial weights (Kaiming normal, fan out)
+    returns      accumulators [T', N, C_out, H', W'] (frozen: int32), or the stream where no BN follows
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = False,
+        weight_bits: int = FULL_PRECISION,
+        *,
+        output_grid: Grid | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ConfigError(f"groups = {groups} does not divide {in_channels} and {out_channels} channels")
+        self.kernel_size = _pair(kernel_size)
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        super().__init__(shape, bias, weight_bits, output_grid, generator)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.stride, self.padding, self.groups = stride, padding, groups
+
+    def sums(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, 1, self.groups)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, groups={self.groups}, weight_bits={self.weight_bits}"
+        )
+
+
+class QuantLinear(_Weighted):
+    """A fully connected layer inside the network, [T', N, in, 1, 1] to [T', N, out, 1, 1]; else as QuantConv2d."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        weight_bits: int = FULL_PRECISION,
+        *,
+        output_grid: Grid | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__((out_features, in_features), bias, weight_bits, output_grid, generator)
+        self.in_features, self.out_features = in_features, out_features
+
+    def sums(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x[:, :, 0, 0], weight, bias)[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, weight_bits={self.weight_bits}"
+
+
+# ------------------------------------------------------------------------------------------------------- BN
+
+
+@dataclass(frozen=True, eq=False)
+class AffineCodes:
+    """A BN table in affine form: y = clamp((multiplier*acc + offset) >> shift, -C, C), `>>` floors.
+
+    multiplier, offset, shift  (C, 1, 1), int32 where the product is proven to fit 32 bits, else int64
+    scale, bias                (C,) float64, the real constants behind them; rounding: see formats.Affine
+    """
+
+    multiplier: Tensor
+    offset: Tensor
+    shift: Tensor
+    saturation: int
+    scale: Tensor
+    bias: Tensor
+    rounding: float
+
+    def __call__(self, acc: Tensor) -> Tensor:
+        """acc [..., C, H, W] int32 to the stream, int32."""
+        y = (self.multiplier * acc + self.offset) >> self.shift
+        return y.clamp(-self.saturation, self.saturation).to(torch.int32)
+
+
+class QuantBatchNorm2d(Layer):
+    """Batch normalization over T', N, H and W, gamma and beta by Eq. 4 (or on WAGEUBN's grid).
+
+    bits         of gamma and beta: 2..8, or 32 for full precision
+    grid         "eq4" or "wageubn"; see quantizers.quantize_bn
+    output_grid  the residual grid: a student's output is rounded to it half up, and saturates at +-clip, as the frozen
+                 table's does. None: not rounded (a teacher).
+    Must follow a QuantConv2d or QuantLinear: the pair freezes into one integer affine per channel (section 2).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    constants: AffineCodes | None = None
+
+    def __init__(
+        self,
+        channels: int,
+        bits: int = 8,
+        grid: str = "eq4",
+        output_grid: Grid | None = None,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if grid not in BN_GRIDS:
+            raise ConfigError(f"BN grid {grid!r} is not one of {', '.join(BN_GRIDS)}")
+        self.channels, self.bits, self.grid, self.output_grid = (
+            channels,
+            check_width(bits, "BN bits"),
+            grid,
+            output_grid,
+        )
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def live(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(
+            fold(x),
+            self.running_mean,
+            self.running_var,
+            fake_quantize_bn(self.weight, self.bits, self.grid),
+            fake_quantize_bn(self.bias, self.bits, self.grid),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return unfold(y if self.output_grid is None else round_to_grid(y, self.output_grid), x)
+
+    def integer(self, x: Tensor) -> Tensor:
+        assert self.constants is not None  # forward chose
+        return self.constants(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, bits={self.bits}, grid={self.grid!r}, output_grid={self.output_grid}"
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftCodes:
+    """A frozen shortcut quantizer: clip((x + 2**(shift-1)) >> shift, -delta(bits), delta(bits))."""
+
+    shift: int
+    bits: int
+
+
+class ShortcutQuant(Layer):
+    """The stream as codes, for the 1x1 convolution of a shortcut to read.
+
+    bits   2..8: codes on a step of 2**(4 - bits), so that they span about +-8 (8 bits: step 2**-4, saturating at
+           7.94); 32: passes the stream through
+    """
+
+    constants: ShiftCodes | None = None
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.bits = check_width(bits, "shortcut bits")
+
+    @property
+    def step(self) -> float:
+        """Real value of one code."""
+        return 2.0 ** (SHORTCUT_RANGE_LOG2 + 1 - self.bits)
+
+    def live(self, x: Tensor) -> Tensor:
+        return x if self.bits == FULL_PRECISION else round_to_codes(x, self.bits, self.step)
+
+    def integer(self, x: Tensor) -> Tensor:
+        assert self.constants is not None  # forward chose
+        shift, top = self.constants.shift, delta(self.constants.bits)
+        return ((x + (1 << (shift - 1))) >> shift).clamp(-top, top)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+# -------------------------------------------------------------------------------------------------- neurons
+
+
+@dataclass(frozen=True, eq=False)
+class LifRecord:
+    """What a frozen LIF layer did, each [T, N, C, H, W]: h int32, s uint8, q int8 (the code it kept)."""
+
+    h: Tensor
+    s: Tensor
+    q: Tensor
+
+
+class LIF(Layer):
+    """Leaky integrate-and-fire neurons; the stream in, spikes out. The step is neurons.lif_step.
+
+    timesteps  T; an input that is the same at every step is unrolled to T
+    tau        leak, 0 < tau <= 1      v_th  a spike is h > v_th      reset  "hard" (to 0) or "soft" (subtracts v_th)
+    surrogate  "triangle", "rectangle", or a surrogate.Surrogate with parameters of your own
+    bits       of the stored membrane (Eq. 3): 2..8, or 32 for full precision
+    quantize   "post_reset" (what is stored is quantized) or "pre_fire" (what is compared is; hard reset only)
+    alpha      of the membrane quantizer, frozen by `freeze`:
+               "ema"      running mean over training batches of max|tanh(u)|; what evaluation uses
+               "dynamic"  max|tanh(u)| of the step at hand, the paper's words: a prediction then depends on its batch;
+                          freezing takes the largest of the last training batch
+               "learned"  a parameter, started from the first training batch
+    tap        True: the live forward keeps its membrane h, with its graph, in `last_h`  [T, N, C, H, W]
+    record     True: the frozen forward keeps h, s and q in `last_record`
+    """
+
+    alpha: Tensor
+    alpha_batches: Tensor
+    constants: LifCodes | None = None
+
+    def __init__(
+        self,
+        timesteps: int,
+        tau: float = 0.5,
+        v_th: float = 0.5,
+        reset: str = "hard",
+        surrogate: str | surrogates.Surrogate = "triangle",
+        bits: int = FULL_PRECISION,
+        quantize: str = "post_reset",
+        alpha: str = "ema",
+        *,
+        alpha_momentum: float = 0.1,
+        detach_reset: bool = False,
+    ) -> None:
+        super().__init__()
+        check_neuron(reset, quantize)
+        if alpha not in ALPHAS:
+            raise ConfigError(f"alpha {alpha!r} is not one of {', '.join(ALPHAS)}")
+        if type(timesteps) is not int or timesteps < 1:
+            raise ConfigError(f"timesteps = {timesteps!r} is not a whole number above 0")
+        if not 0.0 < tau <= 1.0 or not v_th > 0.0:
+            raise ConfigError(f"tau = {tau} must be in (0, 1] and v_th = {v_th} above 0")
+        self.timesteps, self.tau, self.v_th = timesteps, float(tau), float(v_th)
+        self.reset, self.quantize, self.alpha_mode = reset, quantize, alpha
+        self.bits, self.alpha_momentum, self.detach_reset = (
+            check_width(bits, "membrane bits"),
+            alpha_momentum,
+            detach_reset,
+        )
+        self.spike = surrogates.surrogate(surrogate)
+        if alpha == "learned":
+            self.alpha = nn.Parameter(torch.ones(()))
+        else:
+            self.register_buffer("alpha", torch.ones(()))
+        self.register_buffer("alpha_batches", torch.zeros((), dtype=torch.int64))
+        self.tap = False
+        self.record = False
+        self.last_h: Tensor | None = None
+        self.last_record: LifRecord | None = None
+
+    def steps(self, x: Tensor) -> list[Tensor]:
+        """The input of each of the T steps."""
+        if x.shape[0] not in (1, self.timesteps):
+            raise InputError(f"an input of {x.shape[0]} steps does not fit a LIF layer of {self.timesteps} timesteps")
+        return list(x.unbind(0)) if x.shape[0] == self.timesteps else [x[0]] * self.timesteps
+
+    def live(self, x: Tensor) -> Tensor:
+        peaks: list[Tensor] = []
+        starting = self.training and not int(self.alpha_batches)
+        by_step = self.alpha_mode == "dynamic" or starting
+
+        def requantize(u: Tensor) -> Tensor:
+            if self.bits == FULL_PRECISION:
+                return u
+            if self.training or by_step:
+                peaks.append(torch.tanh(u.detach().abs().amax()))
+            scale = peaks[-1] if by_step else self.alpha
+            return fake_quantize_membrane(u, self.bits, scale.clamp(ALPHA_FLOOR, 1.0))
+
+        u = torch.zeros_like(x[0])
+        spikes, membranes = [], []
+        for current in self.steps(x):
+            s, u, h = lif_step(
+                current,
+                u,
+                tau=self.tau,
+                v_th=self.v_th,
+                reset=self.reset,
+                spike=self.spike,
+                requantize=requantize,
+                quantize=self.quantize,
+                detach_reset=self.detach_reset,
+            )
+            spikes.append(s)
+            membranes.append(h)
+        if self.training and peaks:
+            self._observe(torch.stack(peaks).amax(), starting)
+        self.last_h = torch.stack(membranes) if self.tap else None
+        return torch.stack(spikes)
+
+    @torch.no_grad()
+    def _observe(self, peak: Tensor, starting: bool) -> None:
+        if starting or self.alpha_mode == "dynamic":
+            self.alpha.copy_(peak)
+        elif self.alpha_mode == "ema":
+            self.alpha.lerp_(peak.to(self.alpha.dtype), self.alpha_momentum)
+        self.alpha_batches += 1
+
+    def integer(self, x: Tensor) -> Tensor:
+        codes = self.constants
+        assert codes is not None  # forward chose
+        q = torch.zeros_like(x[0])
+        h_all, s_all, q_all = [], [], []
+        for current in self.steps(x):
+            s, q, h = lif_step_codes(current, q, codes)
+            s_all.append(s)
+            if self.record:
+                h_all.append(h)
+                q_all.append(q.to(torch.int8))
+        spikes = torch.stack(s_all)
+        self.last_record = LifRecord(torch.stack(h_all), spikes, torch.stack(q_all)) if self.record else None
+        return spikes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes neither a tap's graph nor a record along."""
+        return {**self.__dict__, "last_h": None, "last_record": None}
+
+    def extra_repr(self) -> str:
+        return (
+            f"timesteps={self.timesteps}, tau={self.tau}, v_th={self.v_th}, reset={self.reset!r}, "
+            f"surrogate={self.spike}, bits={self.bits}, quantize={self.quantize!r}, alpha={self.alpha_mode!r}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- pools
+
+
+class SpikeMaxPool2d(Layer):
+    """Max-pool of spikes: a logical or over each window, padding skipped."""
+
+    def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0) -> None:
+        super().__init__()
+        self.kernel_size, self.padding = kernel_size, padding
+        self.stride = kernel_size if stride is None else stride
+
+    def live(self, x: Tensor) -> Tensor:
+        return unfold(F.max_pool2d(fold(x), self.kernel_size, self.stride, self.padding), x)
+
+    def integer(self, x: Tensor) -> Tensor:
+        return self.live(x.float()).to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class SpikeSumPool2d(Layer):
+    """Average pool of spikes (or of counts), padding counted as 0.
+
+    Live it is the mean; frozen it is the sum, and 1/(kernel area) moves into the scale of the layer that reads it.
+    """
+
+    def __init__(self, kernel_size: int | Sequence[int], stride: int | None = None, padding: int = 0) -> None:
+        super().__init__()
+        self.kernel_size, self.padding = _pair(kernel_size), padding
+        if stride is None and self.kernel_size[0] != self.kernel_size[1]:
+            raise ConfigError(f"a window of {self.kernel_size} needs its stride given")
+        self.stride = self.kernel_size[0] if stride is None else stride
+
+    def live(self, x: Tensor) -> Tensor:
+        return unfold(F.avg_pool2d(fold(x), self.kernel_size, self.stride, self.padding), x)
+
+    def integer(self, x: Tensor) -> Tensor:
+        sums = F.avg_pool2d(fold(x).double(), self.kernel_size, self.stride, self.padding, divisor_override=1)
+        return unfold(sums.to(torch.int32), x)
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class GlobalSpikePool(Layer):
+    """Mean of spikes (or counts) over H and W, to [T', N, C, 1, 1]; frozen: the sum, as SpikeSumPool2d."""
+
+    def live(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(3, 4), keepdim=True)
+
+    def integer(self, x: Tensor) -> Tensor:
+        return x.sum(dim=(3, 4), keepdim=True, dtype=torch.int32)
+
+
+class Flatten(Layer):
+    """[T', N, C, H, W] to [T', N, C*H*W, 1, 1], in C order."""
+
+    def live(self, x: Tensor) -> Tensor:
+        return x.flatten(2)[..., None, None]
+
+    def integer(self, x: Tensor) -> Tensor:
+        return self.live(x)
+
+
+# --------------------------------------------------------------------------------------------------- readout
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutCodes:
+    """A frozen classifier: logits = weight @ (sum over t, y, x of the input) + bias, int32.
+
+    weight (classes, in) int8      bias (classes,) int32      unit  real value of one step of a logit
+    """
+
+    weight: Tensor
+    bits: int
+    alpha: float
+    bias: Tensor
+    unit: float
+
+
+class Readout(Layer):
+    """The classifier, last in the network: mean of the spikes over T, H and W, then a linear layer.
+
+    in_features  channels of its input      weight_bits  2..8 (one scale for the tensor), or 32
+    returns      logits [N, classes], float32; frozen: int32, the same up to one positive factor (`constants.unit`)
+    """
+
+    constants: ReadoutCodes | None = None
+
+    def __init__(
+        self, in_features: int, classes: int, weight_bits: int = 8, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.classes, self.weight_bits = in_features, classes, check_width(weight_bits, "weight_bits")
+        self.weight = nn.Parameter(torch.empty(classes, in_features))
+        nn.init.normal_(self.weight, std=float(in_features) ** -0.5, generator=generator)
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def live(self, x: Tensor) -> Tensor:
+        return F.linear(x.mean(dim=(0, 3, 4)), fake_quantize_weight(self.weight, self.weight_bits), self.bias)
+
+    def integer(self, x: Tensor) -> Tensor:
+        codes = self.constants
+        assert codes is not None  # forward chose
+        total = x.sum(dim=(0, 3, 4), dtype=torch.int64)
+        return (total @ codes.weight.long().T + codes.bias).to(torch.int32)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.classes}, weight_bits={self.weight_bits}"
+
+
+# ------------------------------------------------------------------------------------------- graph and taps
+
+
+class _LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Layer) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of a model by torch.fx, with the layers of this file as leaves; unread values are left out.
+
+    raises  LoweringError  if its forward cannot be traced (its path must not depend on values)
+    """
+    try:
+        graph = _LeafTracer().trace(model)
+    except MdsnnError:
+        raise
+    except Exception as fault:
+        raise LoweringError(
+            f"{type(model).__name__}: its forward cannot be traced: {fault}. Compose it of layers of mdsnn.layers and "
+            "'+', without conditions on values, loops over a tensor or functions of torch"
+        ) from fault
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    return graph
+
+
+def set_timesteps(model: nn.Module, timesteps: int) -> None:
+    """Set T in every LIF of a live model (a student may run fewer steps than its teacher)."""
+    for module in model.modules():
+        if isinstance(module, LIF):
+            module.timesteps = timesteps
+
+
+def taps(model: nn.Module, where: str = "group") -> list[LIF]:
+    """The LIFs whose membrane h distillation reads: those that consume the output of each conv, block or group.
+
+    where    "conv"   every QuantConv2d and QuantLinear (the stem's too)
+             "block"  every module that is a `Block`      "group"  every module that is a `Group`
+    returns  LIF layers in the order of execution, none twice; the same places in a teacher and its student
+    raises   ConfigError  for another `where`, or if the model marks no block or group
+    """
+    if where not in ("conv", "block", "group"):
+        raise ConfigError(f"taps at {where!r}: not one of conv, block, group")
+    modules = dict(model.named_modules())
+    nodes = list(trace(model).nodes)
+    if where == "conv":
+        starts = [n for n in nodes if n.op == "call_module" and isinstance(modules[str(n.target)], _Weighted)]
+    else:
+        kind = Block if where == "block" else Group
+        inside: dict[str, set[fx.Node]] = {path: set() for path, m in modules.items() if isinstance(m, kind)}
+        for node in nodes:
+            for path in node.meta.get("nn_module_stack", {}):
+                if path in inside:
+                    inside[path].add(node)
+        starts = [n for group in inside.values() for n in nodes if n in group and not set(n.users) <= group]
+    found = {lif for start in starts if (lif := _reader(start, nodes, modules)) is not None}
+    if not found:
+        raise ConfigError(f"taps at {where!r}: {type(model).__name__} has no such place that a LIF reads")
+    return [modules[str(n.target)] for n in nodes if n in found]  # type: ignore[misc]
+
+
+def _reader(start: fx.Node, nodes: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The first LIF, in order of execution, that `start`'s value reaches before any other LIF."""
+    reached = {start}
+    for node in nodes:
+        if node not in reached and not reached.isdisjoint(node.all_input_nodes):
+            if node.op == "call_module" and isinstance(modules[str(node.target)], LIF):
+                return node
+            reached.add(node)
+    return None

@@ -1,0 +1,220 @@
+"""Quantizers of MD-SNN (arXiv 2512.04443), Eqs. 3 and 4, each with the gradient it trains by.
+
+Forward returns the exact hard value: no soft rounding, no annealing. Backward is straight-through: the rounding counts
+as the identity, everything around it is differentiated as written, and each docstring gives the resulting formula.
+`bits = 32` means full precision and returns the input itself. The integer constants of a frozen network come from
+mdsnn.kernels.formats; the weight codes here are computed in float64 so that they are the same codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mdsnn.kernels.errors import FormatError
+from mdsnn.kernels.formats import Grid, check_bits, delta
+
+FULL_PRECISION = 32
+"""The `bits` of a layer that is not quantized (a teacher's)."""
+BN_GRIDS = ("eq4", "wageubn")
+ALPHA_FLOOR = 2.0**-12
+"""Smallest alpha while training: the step of the finest residual grid. A frozen alpha is clamped to its own grid."""
+
+
+def check_width(bits: int, what: str = "bits") -> int:
+    """Return `bits` if it is 2..8, or 32 for full precision; raises FormatError otherwise."""
+    return FULL_PRECISION if bits == FULL_PRECISION else check_bits(bits, what)
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise FormatError, naming the tensor, if it holds NaN or infinity."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise FormatError(f"tensor '{name}' holds {bad} NaN or infinite values; restore an earlier checkpoint")
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+def quantize_tanh(
+    w: Tensor, bits: int, alpha: Tensor | float | None = None, *, name: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round `tanh(w)` to 2*delta + 1 symmetric levels (MD-SNN Eq. 3; MINT's quantizer), in float64.
+
+    w       any shape, real
+    bits    2..8
+    alpha   the scale; default max|tanh(w)|, or 1 where that is 0
+    name    the tensor's name; given, NaN and infinity are looked for
+    returns codes  same shape, float64, whole numbers in [-delta, delta], delta = 2**(bits-1) - 1; ties to even
+            alpha  scalar float64; the quantized weight is alpha * codes / delta
+    raises  FormatError  for bits outside 2..8, or (with `name`) if w holds NaN or infinity
+    """
+    top = delta(bits)
+    if name is not None:
+        check_finite(w, name)
+    squashed = torch.tanh(w.detach().double())
+    if alpha is None:
+        scale = squashed.abs().amax() if squashed.numel() else squashed.new_zeros(())
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    else:
+        scale = torch.as_tensor(alpha, dtype=torch.float64, device=w.device)
+    return torch.round(torch.clamp(squashed / scale, -1.0, 1.0) * top), scale
+
+
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, bits: int, name: str | None) -> Tensor:
+        codes, alpha = quantize_tanh(w, bits, name=name)
+        ctx.save_for_backward(w)
+        return (codes * (alpha / delta(bits))).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        return grad * (1.0 - torch.tanh(w) ** 2), None, None
+
+
+def fake_quantize_weight(w: Tensor, bits: int, *, name: str | None = None) -> Tensor:
+    """The quantized weight alpha * codes / delta of Eq. 3, as a real tensor.
+
+    w        any shape, float32
+    returns  same shape and dtype; for bits = 32 `w` itself
+    gradient dL/dw = dL/dq * (1 - tanh(w)**2). The rounding is the identity and alpha a constant; since
+             |tanh(w)| <= alpha everywhere, the clamp never cuts.
+    raises   FormatError  for bits other than 2..8 and 32, or (with `name`) if w holds NaN or infinity
+    """
+    if check_width(bits, "weight bits") == FULL_PRECISION:
+        return w
+    return cast(Tensor, _Weight.apply(w, bits, name))  # type: ignore[no-untyped-call]
+
+
+# ------------------------------------------------------------------------------------------------- membranes
+
+
+class _Membrane(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, alpha: Tensor, bits: int) -> Tensor:
+        top = delta(bits)
+        squashed = torch.tanh(u)
+        ratio = squashed / alpha
+        codes = torch.round(torch.clamp(ratio, -1.0, 1.0) * top)
+        ctx.top = top
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(squashed, alpha, ratio, codes)
+        else:
+            ctx.save_for_backward(squashed, alpha)
+        return codes * (alpha / top)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        squashed, alpha, *rest = ctx.saved_tensors
+        grad_u = grad * (1.0 - squashed**2) * (squashed.abs() <= alpha)
+        grad_alpha = None
+        if rest:
+            ratio, codes = rest
+            inside = torch.where(squashed.abs() <= alpha, ratio, torch.zeros_like(ratio))
+            grad_alpha = (grad * (codes / ctx.top - inside)).sum().reshape(alpha.shape)
+        return grad_u, grad_alpha, None
+
+
+def fake_quantize_membrane(u: Tensor, bits: int, alpha: Tensor | float) -> Tensor:
+    """The membrane as its code stands for it: alpha * rint(clamp(tanh(u)/alpha, -1, 1) * delta) / delta (Eq. 3).
+
+    u        any shape, float32
+    alpha    scalar above 0; a tensor that requires grad is trained
+    returns  same shape and dtype; for bits = 32 `u` itself. Like the paper's, the value approximates tanh(u), not u.
+    gradient dL/du = dL/dq * (1 - tanh(u)**2) where |tanh(u)| <= alpha, else 0
+             dL/dalpha = sum of dL/dq * (code/delta - tanh(u)/alpha), the second term 0 where |tanh(u)| > alpha
+    raises   FormatError  for bits other than 2..8 and 32
+    """
+    if check_width(bits, "membrane bits") == FULL_PRECISION:
+        return u
+    scale = torch.as_tensor(alpha, dtype=u.dtype, device=u.device)
+    return cast(Tensor, _Membrane.apply(u, scale, bits))  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------------------------------- batch normalization
+
+
+def quantize_bn(w: Tensor, bits: int, grid: str = "eq4") -> Tensor:
+    """BN's gamma or beta on its 8-bit grid, in float64: what `freeze` folds into the integer affine.
+
+    grid "eq4"      MD-SNN Eq. 4: clamp(rint(tanh(w) * delta) / delta, -+(1 - 1/(delta + 1))). The bound, 127/128 at
+                    8 bits, lies off the grid j/127 that the rounding uses, so the two outermost levels are moved inside.
+         "wageubn"  clip(rint(w * 2**(b-1)) / 2**(b-1), -+(1 - 2**(1-b))): one grid for levels and bound, no tanh
+    returns  same shape, float64
+    raises   FormatError  for bits outside 2..8 or another grid
+    """
+    top = delta(bits)
+    bound = 1.0 - 1.0 / (top + 1)
+    wide = w.detach().double()
+    if grid == "eq4":
+        return torch.clamp(torch.round(torch.tanh(wide) * top) / top, -bound, bound)
+    if grid == "wageubn":
+        return torch.clamp(torch.round(wide * (top + 1)) / (top + 1), -bound, bound)
+    raise FormatError(f"BN grid {grid!r} is not one of {', '.join(BN_GRIDS)}")
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, bits: int, grid: str) -> Tensor:
+        ctx.grid = grid
+        ctx.save_for_backward(w)
+        return quantize_bn(w, bits, grid).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        return (grad * (1.0 - torch.tanh(w) ** 2) if ctx.grid == "eq4" else grad), None, None
+
+
+def fake_quantize_bn(w: Tensor, bits: int, grid: str = "eq4") -> Tensor:
+    """Quantized gamma or beta of a BN layer (MD-SNN Eq. 4, or WAGEUBN's grid; see `quantize_bn`).
+
+    returns  same shape and dtype; for bits = 32 `w` itself
+    gradient eq4:     dL/dw = dL/dq * (1 - tanh(w)**2), also for the two levels that the outer clamp moves
+             wageubn: dL/dw = dL/dq. No cut at the bound: gamma starts at 1, which lies beyond it, and would never move
+    raises   FormatError  for bits other than 2..8 and 32, or another grid
+    """
+    if check_width(bits, "BN bits") == FULL_PRECISION:
+        return w
+    return cast(Tensor, _BatchNorm.apply(w, bits, grid))  # type: ignore[no-untyped-call]
+
+
+# ----------------------------------------------------------------------------------------- the residual stream
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, step: float, low: float, high: float) -> Tensor:
+        codes = torch.floor(y / step + 0.5)
+        ctx.save_for_backward((codes >= low) & (codes <= high))
+        return torch.clamp(codes, low, high) * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+def round_to_grid(y: Tensor, grid: Grid) -> Tensor:
+    """Round half up to the residual grid and saturate at +-clip, as a BN table does.
+
+    gradient  the identity where the rounded value is within +-clip, 0 where it saturates
+    """
+    limit = float(grid.saturation)
+    return cast(Tensor, _Round.apply(y, 1.0 / grid.one, -limit, limit))  # type: ignore[no-untyped-call]
+
+
+def round_to_codes(x: Tensor, bits: int, step: float) -> Tensor:
+    """Round half up to multiples of `step` and saturate at +-delta(bits) of them, as a requantization does.
+
+    returns   same shape; for bits = 32 `x` itself
+    gradient  the identity inside the range, 0 where it saturates
+    """
+    if check_width(bits, "shortcut bits") == FULL_PRECISION:
+        return x
+    limit = float(delta(bits))
+    return cast(Tensor, _Round.apply(x, step, -limit, limit))  # type: ignore[no-untyped-call]
