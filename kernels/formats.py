@@ -173,9 +173,9 @@ def accumulator_bounds(weight: Array, lo: int, hi: int) -> tuple[npt.NDArray[np.
     returns  (lo, hi), each (C_out,) int64: hi = hi*S+ + lo*S-, lo = hi*S- + lo*S+ with S+ and S- the sums of the
              channel's positive and negative codes. Every partial sum, in any order, stays inside.
     """
-    flat = weight.reshape(weight.shape[0], -1).astype(np.int64)
-    positive = np.where(flat > 0, flat, 0).sum(axis=1)
-    negative = np.where(flat < 0, flat, 0).sum(axis=1)
+    flat = weight.reshape(weight.shape[0], -1)
+    positive = np.maximum(flat, 0).sum(axis=1, dtype=np.int64)
+    negative = np.minimum(flat, 0).sum(axis=1, dtype=np.int64)
     return hi * negative + lo * positive, hi * positive + lo * negative
 
 

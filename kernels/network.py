@@ -396,8 +396,8 @@ class _Prover:
 
     def _check_name(self, node: Node, place: int) -> None:
         name = node.name
-        if type(name) is not str or not 0 < len(name) <= MAX_NAME or not name.isprintable():
-            raise NetworkError(f"node {place}: {name!r} is no name (1 to {MAX_NAME} printable characters)")
+        if type(name) is not str or not 0 < len(name) <= MAX_NAME or not name.isprintable() or "/" in name:
+            raise NetworkError(f"node {place}: {name!r:.60} is no name (1 to {MAX_NAME} printable characters but '/')")
         if name in self.shapes:
             raise NetworkError(f"node {place}: the name {name!r} is taken")
 
