@@ -12,7 +12,7 @@ CPU, and its weights are not looked at again. Section numbers below are those of
     kind of value       live                    frozen
     codes               code * step             int8, int32       images, event counts, shortcut codes
     spikes              0.0, 1.0                uint8
-    counts              mean of spikes          int32 sums        pools of spikes; the divisor moves into what reads them
+    counts              mean of spikes          int32 sums        pools of spikes; the divisor moves into the next layer
     accumulators        weight * input          int32
     stream              real, on the grid       int32             BN's output and sums of it
 
@@ -73,7 +73,7 @@ def fold(x: Tensor) -> Tensor:
 
 def unfold(x: Tensor, like: Tensor) -> Tensor:
     """[T'*N, ...] back to [T', N, ...], with T' and N of `like`."""
-    return x.unflatten(0, (like.shape[0], like.shape[1]))
+    return x.reshape(like.shape[0], like.shape[1], *x.shape[1:])
 
 
 class Layer(nn.Module):
@@ -106,7 +106,40 @@ class Group(nn.Sequential):
 # ----------------------------------------------------------------------------------------------------- input
 
 
-class PixelInput(Layer):
+@dataclass(frozen=True, eq=False)
+class InputCodes:
+    """A frozen input: the shape it takes behind N, (C, H, W) for images or (T, C, H, W) for events."""
+
+    shape: tuple[int, ...]
+
+
+class _Input(Layer):
+    """A table from uint8 to codes, a row per channel."""
+
+    table: Tensor
+    axes: str
+    constants: InputCodes | None = None
+
+    def codes(self, x: Tensor) -> Tensor:
+        channels = self.table.shape[0]
+        if x.dtype != torch.uint8 or x.ndim != len(self.axes) or x.shape[-3] != channels:
+            raise InputError(
+                f"the input is {x.dtype} {tuple(x.shape)}, where uint8 [{', '.join(self.axes)}] with C = {channels} "
+                "is needed"
+            )
+        return self.table[torch.arange(channels, device=x.device)[:, None, None], x.long()]
+
+    def integer(self, x: Tensor) -> Tensor:
+        assert self.constants is not None  # forward chose
+        codes = self.codes(x)
+        found = tuple(length for axis, length in zip(self.axes, x.shape, strict=True) if axis != "N")
+        if found != self.constants.shape:
+            axes = ", ".join(axis for axis in self.axes if axis != "N")
+            raise InputError(f"the input has [{axes}] = {list(found)}, the network {list(self.constants.shape)}")
+        return codes if codes.ndim == 5 else codes.unsqueeze(0)
+
+
+class PixelInput(_Input):
     """Direct coding (section 2, Input): pixels to codes on a grid of 2**-5, the same at every step.
 
     mean, std   one value a channel, of pixels in 0..1
@@ -114,7 +147,7 @@ class PixelInput(Layer):
     Augment before it, on uint8. A teacher reads the same codes.
     """
 
-    table: Tensor
+    axes = "NCHW"
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -122,22 +155,19 @@ class PixelInput(Layer):
         self.register_buffer("table", torch.from_numpy(image_table(self.mean, self.std)), persistent=False)
 
     def live(self, x: Tensor) -> Tensor:
-        return _look_up(x, self.table, 4).float().mul(2.0**-IMAGE_FRAC_BITS).unsqueeze(0)
-
-    def integer(self, x: Tensor) -> Tensor:
-        return _look_up(x, self.table, 4).unsqueeze(0)
+        return self.codes(x).float().mul(2.0**-IMAGE_FRAC_BITS).unsqueeze(0)
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}, std={self.std}"
 
 
-class EventInput(Layer):
+class EventInput(_Input):
     """Event frames: counts, saturating at 127, one frame a step.
 
     takes   uint8 [T, N, C, H, W]      returns  the same shape, 0..127 (frozen: int8 codes)
     """
 
-    table: Tensor
+    axes = "TNCHW"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -145,23 +175,10 @@ class EventInput(Layer):
         self.register_buffer("table", torch.from_numpy(event_table(channels)), persistent=False)
 
     def live(self, x: Tensor) -> Tensor:
-        return _look_up(x, self.table, 5).float()
-
-    def integer(self, x: Tensor) -> Tensor:
-        return _look_up(x, self.table, 5)
+        return self.codes(x).float()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, saturates at {EVENT_RANGE[1]}"
-
-
-def _look_up(x: Tensor, table: Tensor, axes: int) -> Tensor:
-    wanted = "[N, C, H, W]" if axes == 4 else "[T, N, C, H, W]"
-    if x.dtype != torch.uint8 or x.ndim != axes or x.shape[-3] != table.shape[0]:
-        raise InputError(
-            f"the input is {x.dtype} {tuple(x.shape)}, where uint8 {wanted} with C = {table.shape[0]} is needed"
-        )
-    channels = torch.arange(table.shape[0], device=x.device)[:, None, None]
-    return table[channels, x.long()]
 
 
 # ------------------------------------------------------------------------------------- weights: conv, linear
@@ -751,7 +768,8 @@ def taps(model: nn.Module, where: str = "group") -> list[LIF]:
     found = {lif for start in starts if (lif := _reader(start, nodes, modules)) is not None}
     if not found:
         raise ConfigError(f"taps at {where!r}: {type(model).__name__} has no such place that a LIF reads")
-    return [modules[str(n.target)] for n in nodes if n in found]  # type: ignore[misc]
+    lifs = (modules[str(n.target)] for n in nodes if n in found)
+    return [lif for lif in lifs if isinstance(lif, LIF)]
 
 
 def _reader(start: fx.Node, nodes: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:

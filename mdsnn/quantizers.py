@@ -71,7 +71,7 @@ class _Weight(torch.autograd.Function):
         return (codes * (alpha / delta(bits))).to(w.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (w,) = ctx.saved_tensors
         return grad * (1.0 - torch.tanh(w) ** 2), None, None
 
@@ -108,7 +108,7 @@ class _Membrane(torch.autograd.Function):
         return codes * (alpha / top)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         squashed, alpha, *rest = ctx.saved_tensors
         grad_u = grad * (1.0 - squashed**2) * (squashed.abs() <= alpha)
         grad_alpha = None
@@ -142,7 +142,7 @@ def quantize_bn(w: Tensor, bits: int, grid: str = "eq4") -> Tensor:
     """BN's gamma or beta on its 8-bit grid, in float64: what `freeze` folds into the integer affine.
 
     grid "eq4"      MD-SNN Eq. 4: clamp(rint(tanh(w) * delta) / delta, -+(1 - 1/(delta + 1))). The bound, 127/128 at
-                    8 bits, lies off the grid j/127 that the rounding uses, so the two outermost levels are moved inside.
+                    8 bits, is off the grid j/127 that the rounding uses, so the two outermost levels move inwards.
          "wageubn"  clip(rint(w * 2**(b-1)) / 2**(b-1), -+(1 - 2**(1-b))): one grid for levels and bound, no tanh
     returns  same shape, float64
     raises   FormatError  for bits outside 2..8 or another grid
@@ -165,7 +165,7 @@ class _BatchNorm(torch.autograd.Function):
         return quantize_bn(w, bits, grid).to(w.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (w,) = ctx.saved_tensors
         return (grad * (1.0 - torch.tanh(w) ** 2) if ctx.grid == "eq4" else grad), None, None
 
@@ -194,7 +194,7 @@ class _Round(torch.autograd.Function):
         return torch.clamp(codes, low, high) * step
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None, None
 

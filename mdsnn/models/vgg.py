@@ -14,7 +14,7 @@ from .settings import Settings, lengths, settings
 
 
 class VGGBlock(Block):
-    """bn(conv(pool(lif(x)))): the LIF comes first, so that what leaves a block is a membrane's input, as in MS-ResNet."""
+    """bn(conv(pool(lif(x)))): the LIF comes first, so that a block's output feeds a membrane, as in MS-ResNet."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool, settings: Settings) -> None:
         super().__init__()
