@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -191,18 +191,24 @@ DATASETS: dict[str, Callable[[str | os.PathLike[str] | None], Dataset]] = {
 """Readers by name; each takes data_path or None. A set of your own is one entry more."""
 
 
+def unknown(what: str, name: str, choices: Collection[str]) -> str:
+    """The message for a name that is none of `choices`: lists them, and asks for the nearest."""
+    near = difflib.get_close_matches(name.lower(), list(choices), n=1)
+    return f"unknown {what} {name!r}; choose from {', '.join(choices)}{f'. Did you mean {near[0]!r}?' if near else ''}"
+
+
 def check_name(name: str) -> str:
     """Return `name` in lower case if `load` knows it; raises ConfigError, with the nearest name, if not."""
     key = name.lower()
     if key in DATASETS:
         return key
-    choices = ", ".join(sorted(DATASETS))
+    choices = sorted(DATASETS)
     if key.replace("-", "").replace("_", "") in KNOWN_ELSEWHERE:
         raise ConfigError(
-            f"data {name!r} has no reader in this version; available are {choices} (imagefolder reads your own files)"
+            f"data {name!r} has no reader in this version; available are {', '.join(choices)}"
+            " (imagefolder reads your own files)"
         )
-    near = difflib.get_close_matches(key, DATASETS, n=1)
-    raise ConfigError(f"unknown data {name!r}; choose from {choices}{f'. Did you mean {near[0]!r}?' if near else ''}")
+    raise ConfigError(unknown("data", name, choices))
 
 
 def load(name: str, data_path: str | os.PathLike[str] | None = None) -> Dataset:

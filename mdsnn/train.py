@@ -1,0 +1,597 @@
+"""The training loop: a full-precision teacher, a quantized student, or a student that a teacher guides.
+
+    setting      network                      loss
+    "original"   full precision (a teacher)   cross-entropy
+    "student"    quantized                    cross-entropy
+    "qamd"       quantized                    MD-SNN Eq. 7: cross-entropy + logits + membranes of a teacher
+
+A run is a folder. After every epoch it holds `last.ckpt` (all that going on takes), `metrics.csv` and `metrics.jsonl`;
+at the end also `model.ckpt`, the weights after the last epoch. No checkpoint is chosen by its accuracy on the test
+images: the number of epochs is part of the recipe. `recipe.json` says what ran, on what, and how fast. Every file
+appears whole or not at all, so a run can be stopped at any instant; resumed on the same machine's CPU with as many
+threads, it ends with the same bits as if it had never been stopped.
+
+Accuracy is what the frozen, integer network reaches on the test images; the live figure stands beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mdsnn.kernels.container import MAX_FILE
+from mdsnn.kernels.errors import CheckpointError, ConfigError, FormatError, MissingError, TrainingError
+from mdsnn.kernels.files import check_writable, make_folder, read_bounded, write_text
+from mdsnn.kernels.formats import Grid
+
+from . import checkpoint as checkpoints
+from . import data as datasets
+from . import distill
+from .layers import LIF, taps
+from .models import build
+from .recipe import DEPTHS, PATHS, WIDTHS, TrainConfig, digits_recipe, recipe
+
+__all__ = [
+    "Progress",
+    "TrainConfig",
+    "TrainResult",
+    "accuracy",
+    "digits_recipe",
+    "learning_rate",
+    "predict",
+    "recipe",
+    "spike_rates",
+    "train",
+]
+
+logger = logging.getLogger(__name__)
+
+FOREIGN = (".pth", ".pt")
+"""Suffixes of PyTorch's own checkpoints; a teacher in one is a model of ours in other hands, by the recipe's shape."""
+LAST, FINAL, RECIPE, METRICS = "last.ckpt", "model.ckpt", "recipe.json", "metrics"
+
+# --------------------------------------------------------------------------------------------- measuring a model
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: npt.NDArray[np.uint8], *, batch_size: int = 256) -> npt.NDArray[Any]:
+    """Logits [N, classes] of a live or frozen model for [N, C, H, W] or [T, N, C, H, W] uint8, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    coding: Literal["image", "events"] = "image" if x.ndim == 4 else "events"
+    count = x.shape[0 if coding == "image" else 1]
+    out = []
+    for begin in range(0, count, batch_size):
+        batch = np.ascontiguousarray(datasets.take(x, slice(begin, begin + batch_size), coding))
+        out.append(model(torch.from_numpy(batch).to(device)).cpu().numpy())
+    model.train(was_training)
+    return np.concatenate(out)
+
+
+def accuracy(model: nn.Module, x: npt.NDArray[np.uint8], y: npt.NDArray[np.int64]) -> float:
+    """Share of samples whose largest logit, the first of equals, is their label; 0..1."""
+    return float(np.mean(np.argmax(predict(model, x), axis=1) == y))
+
+
+def spike_rates(model: nn.Module, x: npt.NDArray[np.uint8], *, batch_size: int = 256) -> dict[str, float]:
+    """Share of neuron-steps that fire, for every LIF by its module path, over all samples and timesteps; 0..1."""
+    fired: dict[str, float] = {}
+    seen: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+            fired[name] = fired.get(name, 0.0) + float(spikes.sum(dtype=torch.float64))
+            seen[name] = seen.get(name, 0) + spikes.numel()
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, LIF)]
+    try:
+        predict(model, x, batch_size=batch_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: fired[name] / seen[name] for name in fired}
+
+
+# ------------------------------------------------------------------------------------------------------ one run
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the progress callback gets after every step, and after every epoch (`step` = `steps`, `metrics` filled)."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    checkpoint       path of model.ckpt        history: a row an epoch, as in metrics.csv
+    live_accuracy    of the live network on the test images, 0..1
+    frozen_accuracy  of the integer network, THE accuracy; None for full precision, which has none
+    spike_rates      share of neuron-steps that fire, by LIF (of the frozen network where there is one)
+    seconds_per_step median over this process's steps, 0 if it made none
+    """
+
+    checkpoint: Path
+    history: tuple[Mapping[str, Any], ...]
+    live_accuracy: float
+    frozen_accuracy: float | None
+    spike_rates: Mapping[str, float]
+    seconds_per_step: float
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    data: datasets.Dataset | None = None,
+) -> TrainResult:
+    """Train as `config` says, into the folder `config.save_path`.
+
+    resume   go on from its last.ckpt (from the start if there is none yet); the recipe must be the same
+    force    overwrite an earlier run in the folder
+    data     a data set of your own instead of `mdsnn.data.load(config.data, config.data_path)`
+    raises   ConfigError, CheckpointError (a teacher, or a run to resume, that does not fit), StorageError (the folder
+             holds a run already, or cannot be written), TrainingError (a loss that is not finite);
+             KeyboardInterrupt  with a message that says how to go on
+    """
+    with _threads(config.threads):
+        run = _Run(config, data, resume=resume, force=force)
+        try:
+            run.loop(progress)
+        except KeyboardInterrupt:
+            done = f"{run.epoch} of {config.epochs} epochs are saved in {run.folder}"
+            message = f"interrupted; {done}. Go on with resume (mdsnn train ... --resume)"
+            logger.warning(message)
+            raise KeyboardInterrupt(message) from None
+        return run.finish()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """One run in one process: what changes while it trains, and its folder."""
+
+    def __init__(self, config: TrainConfig, data: datasets.Dataset | None, *, resume: bool, force: bool) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise MissingError("device 'cuda': torch sees no GPU here; leave device at 'cpu', or install a CUDA torch")
+        self.folder = make_folder(config.save_path)
+        for name in (LAST, FINAL):
+            check_writable(self.folder / name, force=resume or force)
+        self.data = datasets.load(config.data, config.data_path) if data is None else data
+        self.generator = torch.Generator().manual_seed(config.seed)
+        teacher, teacher_digest = _teacher(config, self.data)
+        self.config = _resolve(config, teacher)
+        self.model = _network(self.config, self.data, self.generator)
+        if teacher is not None and self.config.start == "teacher":
+            _start_from(teacher, self.model, str(config.teacher_path))
+        self.teacher: nn.Module | None = None
+        if teacher is not None and config.setting == "qamd":
+            self.teacher = _check_teacher(teacher, self.model, str(config.teacher_path))
+        self.model.to(config.device)
+        self.optimizer = _optimizer(self.model, self.config)
+        self.document = {name: x for name, x in self.config.document().items() if name not in PATHS}
+        self.document |= {"data_sha256": self.data.digest(), "teacher_sha256": teacher_digest}
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.step_seconds: list[float] = []
+        if resume and (self.folder / LAST).exists():
+            self._restore()
+        else:
+            for name in (LAST, FINAL):  # a forced run starts clean: an old last.ckpt must not outlive its recipe
+                (self.folder / name).unlink(missing_ok=True)
+        coding = self.data.coding
+        self.samples = self.data.train_x.shape[0 if coding == "image" else 1]
+        self.steps = math.ceil(self.samples / config.batch_size)
+        self.augmentation = datasets.Augmentation(config.shift, config.flip and self.data.flips, config.cutout)
+        self.student_taps: list[LIF] = []
+        self.teacher_taps: list[LIF] = []
+        if self.teacher is not None and distill.MEMBRANE[config.loss] is not None:
+            self.student_taps, self.teacher_taps = taps(self.model, config.taps), taps(self.teacher, config.taps)
+            for lif in (*self.student_taps, *self.teacher_taps):
+                lif.tap = True
+        self._write_recipe()
+
+    # -- the loop
+
+    def loop(self, progress: Callable[[Progress], None] | None) -> None:
+        while self.epoch < self.config.epochs:
+            row = self._one_epoch(progress)
+            self.history.append(row)
+            self.epoch += 1
+            self._save(LAST)
+            self._write_metrics()
+            if progress is not None:
+                progress(Progress(self.epoch, self.config.epochs, self.steps, self.steps, row["loss"], row))
+
+    def _one_epoch(self, progress: Callable[[Progress], None] | None) -> dict[str, Any]:
+        self.model.train()
+        totals = {"loss": 0.0, "cross_entropy": 0.0, "logit": 0.0, "membrane": 0.0, "train_accuracy": 0.0}
+        order = torch.randperm(self.samples, generator=self.generator)
+        rate = 0.0
+        for step, index in enumerate(torch.tensor_split(order, self.steps)):  # sizes differ by at most one
+            started = time.perf_counter()
+            rate = learning_rate(self.config, self.epoch * self.steps + step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            x = torch.from_numpy(datasets.take(self.data.train_x, index.numpy(), self.data.coding))
+            x = datasets.augment(x, self.augmentation, self.generator).to(self.config.device)
+            y = torch.from_numpy(self.data.train_y[index.numpy()]).to(self.config.device)
+            losses, z = self._step(x, y)
+            share = len(index) / self.samples
+            for name, part in zip(totals, losses, strict=False):
+                totals[name] += part * share
+            totals["train_accuracy"] += float((z.argmax(1) == y).sum()) / self.samples
+            self.step_seconds.append(time.perf_counter() - started)
+            if progress is not None and step + 1 < self.steps:
+                progress(Progress(self.epoch, self.config.epochs, step + 1, self.steps, losses[0]))
+        return {"epoch": self.epoch + 1, **totals, "lr": rate}
+
+    def _step(self, x: Tensor, y: Tensor) -> tuple[tuple[float, float, float, float], Tensor]:
+        """One update; returns (loss, cross-entropy, logit, membrane) and the logits."""
+        config = self.config
+        where = f"epoch {self.epoch + 1}"
+        try:
+            z = self.model(self._window(x, self.model))
+            if self.teacher is None:
+                loss = functional.cross_entropy(z, y, label_smoothing=config.label_smoothing)
+                parts = distill.Losses(loss, loss, z.new_zeros(()), z.new_zeros(()))
+            else:
+                with torch.no_grad():
+                    teacher_z = self.teacher(self._window(x, self.teacher))
+                parts = distill.total_loss(
+                    config.loss,
+                    z,
+                    y,
+                    teacher_z,
+                    _membranes(self.teacher_taps),
+                    _membranes(self.student_taps),
+                    weights=config.loss_weights,
+                    tau=config.temperature,
+                    logit_tau=config.logit_temperature,
+                    direction=config.direction,
+                    label_smoothing=config.label_smoothing,
+                )
+        except FormatError as fault:  # a quantizer met a NaN
+            raise TrainingError(
+                f"{where}: {_first_not_finite(self.model, self._window(x, self.model)) or fault}. {_REMEDY}"
+            ) from fault
+        values = [float(part.detach()) for part in (parts.total, parts.cross_entropy, parts.logit, parts.membrane)]
+        if not math.isfinite(values[0]):
+            place = (
+                _first_not_finite(self.model, self._window(x, self.model)) or "no layer's output, so in the loss itself"
+            )
+            raise TrainingError(
+                f"{where}: the loss is {values[0]}; the first value that is not finite is in {place}. {_REMEDY}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        parts.total.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        if not bool(torch.isfinite(norm)):
+            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            raise TrainingError(
+                f"{where}: the gradient is not finite, first in {bad[-1] if bad else 'its norm'}. {_REMEDY}"
+            )
+        self.optimizer.step()
+        return (values[0], values[1], values[2], values[3]), z.detach()
+
+    def _window(self, x: Tensor, model: nn.Module) -> Tensor:
+        """Event frames of a model's own time window: its first steps."""
+        return x if self.data.coding == "image" else x[: _config(model)["timesteps"]]
+
+    def finish(self) -> TrainResult:
+        """Measure the network of the last epoch, frozen where it is quantized, and write the final checkpoint."""
+        from .freeze import freeze
+
+        for lif in self.student_taps:
+            lif.tap = False
+        self.model.cpu().eval()
+        test_x, test_y = self.data.test_x, self.data.test_y
+        if self.data.coding == "events":
+            test_x = test_x[: self.config.timesteps]
+        live = accuracy(self.model, test_x, test_y)
+        frozen: float | None = None
+        measured: nn.Module = self.model
+        if self.config.setting != "original":
+            measured = freeze(self.model)
+            frozen = accuracy(measured, test_x, test_y)
+        rates = spike_rates(measured, test_x)
+        self.history[-1] |= {"live_accuracy": live, "frozen_accuracy": frozen}
+        self._save(FINAL)
+        self._write_metrics()
+        self._write_recipe({"live_accuracy": live, "frozen_accuracy": frozen, "spike_rates": rates})
+        median = statistics.median(self.step_seconds) if self.step_seconds else 0.0
+        return TrainResult(self.folder / FINAL, tuple(self.history), live, frozen, rates, median)
+
+    # -- the folder
+
+    def _save(self, name: str) -> None:
+        going_on = name == LAST
+        checkpoints.save(
+            self.folder / name,
+            self.model,
+            optimizer=self.optimizer if going_on else None,
+            epoch=self.epoch,
+            generators={"train": self.generator} if going_on else None,
+            recipe=self.document,
+            history=self.history,
+            labels=self.data.labels,
+            force=True,
+        )
+
+    def _restore(self) -> None:
+        saved = checkpoints.load(self.folder / LAST)
+        earlier, now = saved.document["recipe"], json.loads(json.dumps(self.document))
+        changed = [name for name in sorted(earlier.keys() | now.keys()) if earlier.get(name) != now.get(name)]
+        if changed:
+            was = ", ".join(f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}" for name in changed[:3])
+            raise ConfigError(
+                f"{saved.where}: not the same recipe: {was}. Resume with the old one, or start afresh (force)"
+            )
+        checkpoints.apply(self.model, saved.group("model"), saved.where)
+        checkpoints.restore_optimizer(self.optimizer, saved)
+        checkpoints.restore_generators({"train": self.generator}, saved)
+        if not 1 <= saved.epoch <= self.config.epochs or len(saved.document["history"]) != saved.epoch:
+            raise CheckpointError(
+                f"{saved.where}: epoch {saved.epoch} of {self.config.epochs} does not fit its history"
+            )
+        self.epoch, self.history = saved.epoch, [dict(row) for row in saved.document["history"]]
+
+    def _write_metrics(self) -> None:
+        """metrics.csv and metrics.jsonl, whole, from the history: a resumed run leaves no row twice."""
+        names = list(dict.fromkeys(name for row in self.history for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(self.folder / f"{METRICS}.csv", text.getvalue(), force=True)
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        write_text(self.folder / f"{METRICS}.jsonl", lines, force=True)
+
+    def _write_recipe(self, results: Mapping[str, Any] | None = None) -> None:
+        weight, membrane, bn = self.config.resolved_bits
+        document = {
+            "schema": "mdsnn.recipe/1",
+            "recipe": self.config.document(),
+            "bits": {"weight": weight, "membrane": membrane, "bn": bn},
+            "data_sha256": self.document["data_sha256"],
+            "teacher_sha256": self.document["teacher_sha256"],
+            "seed": self.config.seed,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "versions": versions(),
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "steps_timed": len(self.step_seconds),
+            "seconds_per_step": statistics.median(self.step_seconds) if self.step_seconds else None,
+            "seconds": sum(self.step_seconds),
+            "results": dict(results or {}),
+        }
+        write_text(self.folder / RECIPE, json.dumps(document, indent=2, sort_keys=True) + "\n", force=True)
+
+
+_REMEDY = "Lower lr, set grad_clip, or start from a teacher; last.ckpt still holds the epoch before"
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate of update `step`, counted from 0 over all epochs of `steps` each: linear rise, then the schedule."""
+    rise = config.warmup_epochs * steps
+    if step < rise:
+        return config.lr * (step + 1) / (rise + 1)
+    if config.schedule == "constant":
+        return config.lr
+    total = max(config.epochs * steps - rise, 1.0)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * min((step - rise) / total, 1.0)))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes here."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    try:
+        found["mdsnn"] = metadata.version("mdsnn")
+    except metadata.PackageNotFoundError:
+        found["mdsnn"] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run's times are of: processor, cores, system. No names of host or user."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            name = next((line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), name)
+    except OSError:
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": gpu,
+    }
+
+
+# ------------------------------------------------------------------------------------------- teacher and network
+
+
+def _membranes(lifs: list[LIF]) -> list[Tensor]:
+    return [cast(Tensor, lif.last_h) for lif in lifs]
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    return cast(dict[str, Any], model.config)
+
+
+def _teacher(config: TrainConfig, data: datasets.Dataset) -> tuple[nn.Module | None, str | None]:
+    """The teacher's live network in evaluation mode, and sha256 of its file."""
+    if config.teacher_path is None:
+        return None, None
+    path = Path(config.teacher_path)
+    if path.suffix.lower() in FOREIGN:
+        tensors = checkpoints.load_foreign(path)
+        full = _resolve(dataclasses.replace(config, setting="original", teacher_path=None, start=None), None)
+        teacher = _network(full, data, torch.Generator().manual_seed(0)).eval()
+        checkpoints.apply(teacher, tensors, str(path))
+    else:
+        teacher = checkpoints.build_model(checkpoints.load(path))
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    digest = hashlib.sha256(read_bounded(path, MAX_FILE, what="teacher")).hexdigest()
+    return teacher.to(config.device), digest
+
+
+def _resolve(config: TrainConfig, teacher: nn.Module | None) -> TrainConfig:
+    """Fill in the shape of the network, and where a student starts from."""
+    taught = {} if teacher is None else _config(teacher)
+    blocks = config.blocks if config.depth is None else DEPTHS[config.depth]
+    if blocks is None:
+        blocks = tuple(taught.get("blocks", DEPTHS[18]))
+    widths = config.widths or tuple(taught.get("widths", WIDTHS))
+    if len(blocks) != len(widths):
+        raise ConfigError(f"recipe: {len(blocks)} groups of blocks and {len(widths)} of widths; give both")
+    start = config.start or ("scratch" if teacher is None else "teacher")
+    return dataclasses.replace(config, depth=None, blocks=blocks, widths=widths, start=start)
+
+
+def _network(config: TrainConfig, data: datasets.Dataset, generator: torch.Generator) -> nn.Module:
+    weight, membrane, bn = config.resolved_bits
+    options: dict[str, Any] = {
+        "model": config.model,
+        "blocks": list(config.blocks or ()),
+        "widths": list(config.widths or ()),
+        "classes": len(data.labels),
+        "in_channels": data.channels,
+        "size": list(data.size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "coding": data.coding,
+        "weight_bits": weight,
+        "membrane_bits": membrane,
+        "bn_bits": bn,
+        "grid": Grid(config.frac_bits, config.clip),
+        "generator": generator,
+    }
+    same = (
+        "timesteps",
+        "stem_bits",
+        "shortcut_bits",
+        "tau",
+        "v_th",
+        "reset",
+        "surrogate",
+        "quantize",
+        "alpha",
+        "bn_grid",
+    )
+    options |= {name: getattr(config, name) for name in same}
+    if config.model == "ms_resnet":
+        options["stem"] = config.stem
+    return build(options)
+
+
+def _check_teacher(teacher: nn.Module, student: nn.Module, path: str) -> nn.Module:
+    """Return the teacher if it can guide the student: same task, and at least as many timesteps."""
+    theirs, ours = _config(teacher), _config(student)
+    odd = [name for name in ("classes", "in_channels", "size", "coding") if theirs[name] != ours[name]]
+    if odd:
+        said = ", ".join(f"{name} {theirs[name]!r} against {ours[name]!r}" for name in odd)
+        raise CheckpointError(f"{path}: this teacher does another task than its student: {said}")
+    if theirs["timesteps"] < ours["timesteps"]:
+        raise ConfigError(
+            f"{path}: a teacher of {theirs['timesteps']} timesteps cannot guide a student of {ours['timesteps']}."
+            " Train the teacher with as many, or lower timesteps"
+        )
+    return teacher
+
+
+def _start_from(teacher: nn.Module, student: nn.Module, path: str) -> None:
+    """Copy weights and BN statistics by name; the scales of membranes stay fresh, a teacher has none."""
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    wanted = [name for name in ours if name.rsplit(".", 1)[-1] not in ("alpha", "alpha_batches")]
+    unfit = [name for name in wanted if name not in theirs or theirs[name].shape != ours[name].shape]
+    if unfit:
+        raise CheckpointError(
+            f"{path}: this teacher is of another shape than its student, first at {unfit[0]}."
+            " Give the student the teacher's blocks and widths, or start = 'scratch' (--start scratch)"
+        )
+    student.load_state_dict({name: theirs[name] if name in wanted else ours[name] for name in ours})
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay falls on kernels and matrices only: not on BN, biases and membrane scales."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0.0)
+
+
+def _first_not_finite(model: nn.Module, x: Tensor) -> str | None:
+    """Where NaN or infinity begins: a parameter, else the first layer to run whose output holds one."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"parameter '{name}'"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            model(x)
+    except FormatError:
+        pass  # a quantizer refused; the layer before it is in `found`
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"the output of layer '{found[0]}'" if found else None
