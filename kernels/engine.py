@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import reference
-from .errors import ConfigError, InputError, MissingError
+from .errors import ConfigError, InputError, MissingError, NetworkError
 from .formats import Array
 from .network import (
     Add,
@@ -274,6 +274,25 @@ def _join_traces(traces: list[Trace | None], logits: npt.NDArray[np.int32], axis
         for name in there[0].lifs
     }
     return Trace(lifs, logits)
+
+
+def node_values(network: IntegerNetwork, pixels: npt.ArrayLike) -> tuple[Trace, dict[str, Array]]:
+    """The trace and every node's value at every step, by the reference: name -> int64 [T, N, C, H, W].
+
+    The Readout has none: its logits are in the trace.
+    """
+    array = check_pixels(network, pixels)
+    state = _NodeState(NodeBackend(network, reference, "reference"), array.shape[array.ndim - 4])
+    steps: list[Result] = []
+    values: dict[str, list[Array]] = {node.name: [] for node in network.nodes[:-1]}
+    for t in range(network.timesteps):
+        steps.append(state.step(array if array.ndim == 4 else array[t]))
+        for name, history in values.items():
+            history.append(state.values[name])
+    trace = _over_time(steps).trace
+    if trace is None:
+        raise NetworkError("the reference returned no trace")
+    return trace, {name: np.stack(history) for name, history in values.items()}
 
 
 # ------------------------------------------------------------------------------------------ choosing an engine

@@ -1,0 +1,227 @@
+"""`mdsnn bench`: how fast each executor is, after checking that their integers are equal."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import EXECUTORS, JsonCommand, extra, force_option, json_option, read_data, write_json
+from .terminal import progress, say, table
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from mdsnn.kernels.network import IntegerNetwork
+
+Runner = Callable[["npt.NDArray[np.uint8]"], "npt.NDArray[np.int32]"]
+
+
+@click.command(cls=JsonCommand)
+@click.argument("artifact", metavar="ARTIFACT")
+@click.option("--checkpoint", help="Time frozen PyTorch too, from this student checkpoint.")
+@click.option(
+    "--data", default="auto", show_default=True, help="builtin:digits, digits, an .npy file; auto: what fits."
+)
+@click.option("--data-path", help="Where the data set lies, for those that need it.")
+@click.option("--executors", help="Comma-separated; default: all that are there.")
+@click.option("--batch-size", default="1,64", show_default=True, help="Batch sizes, comma-separated.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024))
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(3))
+@json_option
+@force_option
+def command(
+    artifact: str,
+    checkpoint: str | None,
+    data: str,
+    data_path: str | None,
+    executors: str | None,
+    batch_size: str,
+    threads: int,
+    repeats: int,
+    json_file: str | None,
+    force: bool,
+) -> None:
+    """Time the executors of ARTIFACT on real data, interleaved, medians of REPEATS rounds.
+
+    What is timed is first checked: any logit that differs from the NumPy reference stops the benchmark (exit 1).
+    Example: mdsnn bench builtin:digits
+    """
+    sizes = _sizes(batch_size)
+    names = tuple(executors.split(",")) if executors else None
+    document = measure(
+        artifact,
+        checkpoint=checkpoint,
+        data=data,
+        data_path=data_path,
+        executors=names,
+        batch_sizes=sizes,
+        threads=threads,
+        repeats=repeats,
+    )
+    if not write_json(document, json_file, force=force):
+        show(document)
+    if not document["equal"]:
+        raise SystemExit(1)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and 0 < int(part[:7]) <= 4096 for part in parts):
+        raise click.BadParameter(f"{text!r} is no list of batch sizes in 1..4096, such as 1,64")
+    return tuple(int(part) for part in parts)
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print the measurements, and the activity behind them."""
+    for name, reason in document["left_out"].items():
+        say(f"left out: {name}: {reason}")
+    rows = [
+        [
+            r["executor"],
+            r["batch"],
+            f"{r['ms_per_image']:.4f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['spread_percent']:.0f}%",
+        ]
+        for r in document["rows"]
+    ]
+    title = f"{document['threads']} thread(s), median of {document['repeats']}, logits checked equal first"
+    table(["executor", "batch", "ms/image", "images/s", "spread"], rows, title)
+    rows = [[a["layer"], a["neurons"], f"{100 * a['density']:.2f}%"] for a in document["activity"]]
+    table(["LIF layer", "neurons", "neuron-steps that fire"], rows)
+
+
+def prepare(
+    network: IntegerNetwork, names: tuple[str, ...] | None, checkpoint: str | None, threads: int
+) -> tuple[dict[str, Runner], dict[str, str]]:
+    """Runners by executor name, and why the others were left out. A chosen one that is missing is an error."""
+    from mdsnn.kernels import Engine, engine
+    from mdsnn.kernels.errors import ConfigError, MdsnnError, MissingError
+
+    for name in names or ():
+        if name not in EXECUTORS:
+            raise ConfigError(f"executor {name!r} is none of {', '.join(EXECUTORS)}")
+
+    def make(name: str) -> Runner:
+        if name in engine.KERNELS:
+            runner = Engine(network, name, threads)
+            return lambda pixels: runner.run(pixels).logits
+        if name == "onnx":
+            onnx = extra("train", "mdsnn.export.onnx").OnnxExecutor(network, threads=threads, trace=False)
+            return lambda pixels: onnx.logits(pixels)  # type: ignore[no-any-return]
+        if checkpoint is None:
+            raise MissingError("executor 'torch' needs --checkpoint")
+        from .verify import torch_executor
+
+        torch = extra("train", "torch")
+        torch.set_num_threads(threads)
+        return torch_executor(checkpoint, logits_only=True)
+
+    runners: dict[str, Runner] = {}
+    left_out: dict[str, str] = {}
+    for name in names or EXECUTORS:
+        try:
+            runners[name] = make(name)
+        except MdsnnError as fault:
+            if names is not None:
+                raise
+            left_out[name] = str(fault)
+    return runners, left_out
+
+
+def measure(
+    path: str,
+    *,
+    checkpoint: str | None = None,
+    data: str = "auto",
+    data_path: str | None = None,
+    executors: tuple[str, ...] | None = None,
+    batch_sizes: tuple[int, ...] = (1, 64),
+    threads: int = 1,
+    repeats: int = 7,
+) -> dict[str, Any]:
+    """Check equal logits, then time every executor, interleaved (schema mdsnn.bench/1)."""
+    import numpy as np
+
+    from mdsnn.export import artifact
+    from mdsnn.kernels import Engine
+
+    from .doctor import machine
+
+    network = artifact.load(path)
+    pixels = _pixels(network, data, data_path)
+    axis = pixels.ndim - 4
+    runners, left_out = prepare(network, executors, checkpoint, threads)
+    result = Engine(network, "reference", 1).run(pixels)
+    equal = {name: bool(np.array_equal(run(pixels), result.logits)) for name, run in runners.items()}
+    rows: list[dict[str, Any]] = []
+    if all(equal.values()):
+        with progress("timing") as tick:
+            for place, size in enumerate(batch_sizes):
+                count = pixels.shape[axis]
+                batch = np.ascontiguousarray(np.take(pixels, np.arange(size) % count, axis=axis))
+                times: dict[str, list[float]] = {name: [] for name in runners}
+                for repeat in range(repeats):
+                    for name, run in runners.items():
+                        times[name].append(_time(run, batch))
+                    tick(place * repeats + repeat + 1, len(batch_sizes) * repeats)
+                for name, seconds in times.items():
+                    median = statistics.median(seconds)
+                    rows.append(
+                        {
+                            "executor": name,
+                            "batch": size,
+                            "ms_per_image": 1e3 * median / size,
+                            "images_per_s": size / median,
+                            "spread_percent": 100 * (max(seconds) - min(seconds)) / median,
+                        }
+                    )
+    activity = [
+        {"layer": lif.name, "neurons": result.activity.neurons[lif.name], "density": result.activity.density(lif.name)}
+        for lif in network.lifs
+    ]
+    return {
+        "schema": "mdsnn.bench/1",
+        "artifact": path,
+        "samples_checked": int(pixels.shape[axis]),
+        "equal": all(equal.values()),
+        "differs": [name for name, same in equal.items() if not same],
+        "threads": threads,
+        "repeats": repeats,
+        "machine": machine(),
+        "rows": rows,
+        "left_out": left_out,
+        "activity": activity,
+    }
+
+
+def _pixels(network: IntegerNetwork, data: str, data_path: str | None) -> npt.NDArray[np.uint8]:
+    import numpy as np
+
+    spec = network.input
+    if data == "auto":
+        if spec.coding == "image" and (spec.channels, spec.height, spec.width) == (1, 8, 8):
+            return read_data(network, "builtin:digits")[0]
+        say("no data named (--data): timing on random pixels, whose sparsity is not that of real data")
+        shape: tuple[int, ...] = (16, spec.channels, spec.height, spec.width)
+        if spec.coding == "events":
+            shape = (network.timesteps, *shape)
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels, _ = read_data(network, data, data_path, limit=64)
+    return pixels
+
+
+def _time(run: Runner, batch: npt.NDArray[np.uint8]) -> float:
+    """Seconds of one run, repeated until 5 ms have passed so that the clock's grain does not show."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        run(batch)
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= 5e-3:
+            return elapsed / calls

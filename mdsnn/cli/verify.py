@@ -1,0 +1,208 @@
+"""`mdsnn verify`: do all executors agree on every integer?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import EXECUTORS, JsonCommand, check_outputs, extra, force_option, json_option, read_data, write_json
+from .terminal import Tick, progress, say, table
+
+if TYPE_CHECKING:
+    from mdsnn.export.verify import Executor, Verification
+    from mdsnn.kernels.network import IntegerNetwork
+
+
+@click.command(cls=JsonCommand)
+@click.argument("artifact", metavar="ARTIFACT")
+@click.option("--checkpoint", help="The student the artifact was exported from; the executor 'torch' runs it, frozen.")
+@click.option("--onnx", help="Run this ONNX file instead of one made from the artifact on the fly.")
+@click.option(
+    "--data", default="digits", show_default=True, help="digits, imagefolder, builtin:digits, or an .npy file."
+)
+@click.option("--data-path", help="Where the data set lies, for those that need it.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many samples; default: all.")
+@click.option(
+    "--executors",
+    default=",".join(EXECUTORS),
+    show_default=True,
+    help="Comma-separated, the baseline first. All must run: one that is missing is exit code 3.",
+)
+@click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1, 4096))
+@click.option("--save-dir", default=".", show_default=True, help="Where a divergence is saved, with a script.")
+@json_option
+@force_option
+def command(
+    artifact: str,
+    checkpoint: str | None,
+    onnx: str | None,
+    data: str,
+    data_path: str | None,
+    limit: int | None,
+    executors: str,
+    batch_size: int,
+    save_dir: str,
+    json_file: str | None,
+    force: bool,
+) -> None:
+    """Run ARTIFACT in every executor on real data and compare every h, s, q and logit.
+
+    Exit code 0 if all agree, 1 if anything differs or an executor failed: then the first divergence (layer, step, index,
+    both values) is named, and saved with a script that reproduces it. Without torch or a checkpoint, choose:
+    mdsnn verify builtin:digits --data builtin:digits --executors reference,native
+    """
+    check_outputs([json_file], force=force)
+    document = check(
+        artifact,
+        checkpoint=checkpoint,
+        onnx=onnx,
+        data=data,
+        data_path=data_path,
+        limit=limit,
+        executors=tuple(executors.split(",")),
+        batch_size=batch_size,
+        save_dir=save_dir,
+        force=force,
+    )
+    if not write_json(document, json_file, force=force):
+        show(document)
+    if not document["agrees"]:
+        raise SystemExit(1)
+
+
+def torch_executor(checkpoint: str, *, logits_only: bool = False) -> Callable[[Any], Any]:
+    """Frozen PyTorch on a student checkpoint: pixels to a Trace, or to logits only (faster, for timing)."""
+    from mdsnn.kernels.engine import LifTrace, Trace
+
+    checkpoints = extra("train", "mdsnn.checkpoint")
+    freezing = extra("train", "mdsnn.freeze")
+    model = freezing.freeze(checkpoints.build_model(checkpoints.load(checkpoint)))
+    if logits_only:
+        import torch
+
+        def run(pixels: Any) -> Any:
+            with torch.no_grad():
+                return model(torch.from_numpy(pixels)).numpy()
+
+        return run
+
+    def execute(pixels: Any) -> Trace:
+        lifs, logits = freezing.frozen_trace(model, pixels)
+        return Trace({name: LifTrace(*states) for name, states in lifs.items()}, logits)
+
+    return execute
+
+
+def make_executors(
+    network: IntegerNetwork, names: tuple[str, ...], checkpoint: str | None, onnx: str | None
+) -> dict[str, Executor]:
+    """The executors by name, in order. Raises MissingError for one that is not there, ConfigError for an unknown one."""
+    from mdsnn.export.verify import kernel_executor
+    from mdsnn.kernels.engine import KERNELS
+    from mdsnn.kernels.errors import ConfigError, InputError
+
+    made: dict[str, Executor] = {}
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ConfigError(f"executors {','.join(names)!r}: name at least two, each once, of {', '.join(EXECUTORS)}")
+    for name in names:
+        if name in KERNELS:
+            made[name] = kernel_executor(network, name)
+        elif name == "torch":
+            if checkpoint is None:
+                raise InputError(
+                    "the executor 'torch' needs --checkpoint, the student this artifact was exported from;"
+                    " or choose others: --executors reference,numba,native,onnx"
+                )
+            made[name] = torch_executor(checkpoint)
+        elif name == "onnx":
+            made[name] = _onnx_executor(network, onnx)
+        else:
+            raise ConfigError(f"executor {name!r} is none of {', '.join(EXECUTORS)}")
+    return made
+
+
+def _onnx_executor(network: IntegerNetwork, path: str | None) -> Executor:
+    module = extra("train", "mdsnn.export.onnx")
+    if path is None:
+        run: Executor = module.OnnxExecutor(network).run
+        return run
+    from mdsnn.kernels.files import read_bounded
+
+    content = read_bounded(path, module.MAX_MODEL, what="ONNX model")
+    run = module.OnnxExecutor(module.with_trace(network, content, path)).run
+    return run
+
+
+def check(
+    path: str,
+    *,
+    checkpoint: str | None = None,
+    onnx: str | None = None,
+    data: str = "digits",
+    data_path: str | None = None,
+    limit: int | None = None,
+    executors: tuple[str, ...] = EXECUTORS,
+    batch_size: int = 50,
+    save_dir: str = ".",
+    force: bool = False,
+    tick: Tick | None = None,
+) -> dict[str, Any]:
+    """Verify an artifact (schema mdsnn.verify/1, with accuracies where the data has labels)."""
+    from mdsnn.export import artifact
+    from mdsnn.export.verify import compare_constants, save_divergence, verify
+
+    network = artifact.load(path)
+    made = make_executors(network, executors, checkpoint, onnx)
+    pixels, labels = read_data(network, data, data_path, limit)
+    if tick is not None:
+        outcome = verify(network, made, pixels, batch=batch_size, progress=tick)
+    else:
+        with progress("verifying") as own:
+            outcome = verify(network, made, pixels, batch=batch_size, progress=own)
+    document: dict[str, Any] = {**outcome.to_dict(), "artifact": path, "data": data}
+    document["accuracy"] = {} if labels is None else _accuracies(outcome, labels)
+    document["constants"] = []
+    if checkpoint is not None:
+        from .export import lower_checkpoint
+
+        forms = "dense" if any(type(node).__name__ == "BnDense" for node in network.nodes) else "affine"
+        fresh = lower_checkpoint(checkpoint, bn_table="auto" if forms == "dense" else "affine")
+        document["constants"] = [str(found) for found in compare_constants(network, fresh)]
+    if outcome.first is not None:
+        document["divergence"] = str(outcome.first)
+        record, script = save_divergence(outcome.first, pixels, path, save_dir, force=force)
+        document["saved"] = [str(record), str(script)]
+    return document
+
+
+def _accuracies(outcome: Verification, labels: Any) -> dict[str, float | None]:
+    return {name: comparison.accuracy(labels) for name, comparison in outcome.comparisons.items()}
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print what was compared, what differs, and where first."""
+    rows = []
+    for name, executor in document["executors"].items():
+        accuracy = document["accuracy"].get(name)
+        counts = [
+            f"{executor['differing'][quantity]} of {executor['compared'][quantity]}"
+            for quantity in ("h", "s", "q", "logits")
+        ]
+        state = "baseline" if name == document["baseline"] else "agrees" if executor["agrees"] else "DIFFERS"
+        if executor["failure"]:
+            state = "FAILED"
+        rows.append([name, state, *counts, "" if accuracy is None else f"{100 * accuracy:.2f}%"])
+    table(["executor", "state", "h differ", "s differ", "q differ", "logits differ", "accuracy"], rows)
+    for name, executor in document["executors"].items():
+        if executor["failure"]:
+            say(f"{name} failed: {executor['failure']}")
+    click.echo(
+        f"{document['compared']} integers compared over {document['samples']} samples, {document['differing']} differ"
+    )
+    if "divergence" in document:
+        click.echo(f"first divergence: {document['divergence']}")
+        click.echo(f"saved: {', '.join(document['saved'])}  (run the script to see it again)")
+    for text in document["constants"]:
+        click.echo(f"artifact and checkpoint differ: {text}")
