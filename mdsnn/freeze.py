@@ -552,15 +552,21 @@ class _Freezer:
     def _max_pool(self, layer: SpikeMaxPool2d, name: str, source: Signal) -> Signal:
         self._need(name, layer, source, "spikes")
         kernel = (layer.kernel_size, layer.kernel_size)
+        self._padding(name, layer.padding, layer.kernel_size)
         shape = (source.shape[0], *self._windows(name, source, kernel, layer.stride, layer.padding))
         layer.constants = ()
         return Signal("spikes", shape, source.scale, source.low, source.high)
 
     def _sum_pool(self, layer: SpikeSumPool2d, name: str, source: Signal) -> Signal:
         self._need(name, layer, source, "spikes", "counts")
+        self._padding(name, layer.padding, min(layer.kernel_size))
         layer.constants = ()
         out = self._windows(name, source, layer.kernel_size, layer.stride, layer.padding)
         return self._pooled(source, layer.kernel_size, out)
+
+    def _padding(self, name: str, padding: int, kernel: int) -> None:
+        if not 0 <= padding <= kernel // 2:
+            self._fail(name, f"padding = {padding} is outside 0..{kernel // 2}, half its window")
 
     def _pooled(self, source: Signal, kernel: Sequence[int], out: tuple[int, int]) -> Signal:
         area = kernel[0] * kernel[1]
