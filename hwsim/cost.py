@@ -1,0 +1,640 @@
+"""Energy, latency and area: the models `spikesim` and `physical`.
+
+`spikesim` reproduces SpikeSim's released estimator (commit c2627bc), faults included, for comparison with published
+figures. `physical` prices what an exported network does, cell by cell, conversion by conversion and bit by bit, and
+keeps a ledger: every entry is a count times a unit cost, with the names of the constants behind it. Formulas and their
+reasons: docs/hardware-model.md. Everything is in SI units; metrics are printed in pJ, um2, ns by report.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdsnn.kernels.errors import ConfigError
+
+from .activity import Load
+from .cells import row_level_sums
+from .config import Chip
+from .converters import adc_area, adc_energy, adc_keys
+from .mapping import Floorplan, MappedLayer, Workload, floorplan, map_layer
+
+SCHEDULES = ("sequential", "overlapped", "pipelined")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Metrics of one sample.
+
+    energy J, delay s, area m2; ops: dense operations (2*MACs) a sample
+    """
+
+    energy: float
+    delay: float
+    area: float
+    ops: float
+
+    @property
+    def tops(self) -> float:
+        """Dense operations a second, in 1e12."""
+        return self.ops / self.delay / 1e12
+
+    @property
+    def tops_per_w(self) -> float:
+        """Dense operations a joule, in 1e12."""
+        return self.ops / self.energy / 1e12
+
+    @property
+    def tops_per_mm2(self) -> float:
+        """Dense operations a second and mm2, in 1e12."""
+        return self.tops / (self.area * 1e6)
+
+    @property
+    def edap(self) -> float:
+        """Energy*delay*area in mJ*ms*mm2."""
+        return self.energy * 1e3 * self.delay * 1e3 * self.area * 1e6
+
+
+# ------------------------------------------------------------------------------------------------ model: spikesim
+
+
+@dataclass(frozen=True)
+class SpikeSimLayer:
+    """A convolution as SpikeSim sees it: channels, input and output positions (H*W), kernel positions (k*k)."""
+
+    name: str
+    c_in: int
+    c_out: int
+    sites_in: int
+    sites_out: int
+    taps: int = 9
+
+
+@dataclass(frozen=True)
+class SpikeSimLayerCost:
+    """PEs, crossbars, energy J, delay s if alone, MACs of one step."""
+
+    layer: SpikeSimLayer
+    pes: int
+    crossbars: int
+    energy: float
+    delay: float
+    macs: int
+
+
+@dataclass(frozen=True)
+class SpikeSimCost:
+    """What the estimator prints. Areas m2: pe_area is PEs and subtractors, digital_area buffers, PEs and input memory."""
+
+    layers: tuple[SpikeSimLayerCost, ...]
+    totals: Totals
+    pes: int
+    crossbars: int
+    tiles: int
+    tile_area: float
+    neuron_memory_area: float
+    input_memory_area: float
+    pe_area: float
+    digital_area: float
+    cycle_energy: Mapping[str, float]
+
+
+def _eighths(chip: Chip) -> float:
+    return chip["crossbar.rows"] / 8.0
+
+
+def spikesim_cycle(chip: Chip, taps: int, slices: int = 1) -> dict[str, float]:
+    """Energy of one PE cycle by part, J; e_cycle is the sum.
+
+    e_cycle = Htree + mem_fetch + neuron + (X/8)*(k*k*E_xbar + (X/8)*(E_ADC + E_MUX)) + (X/8)*16*E_Sub + (X/8)*E_Temp
+              + E_Tile
+    slices multiplies crossbar, ADC and MUX (the precision preset; the estimator knows none).
+    Known faults kept: ADC energy grows with X squared; dense, no spikes; the SRAM crossbar's energy is its area.
+    """
+    n = _eighths(chip)
+    return {
+        "htree": chip["tile.htree_energy"],
+        "fetch": chip["fetch.energy"],
+        "neuron": chip["neuron.energy"],
+        "crossbar": slices * n * taps * chip["crossbar.energy"],
+        "adc": slices * n * n * chip["adc.energy"],
+        "mux": slices * n * n * chip["mux.energy"],
+        "subtractor": n * 16 * chip["diff.energy"],
+        "temp": n * chip["tile.temp_energy"],
+        "tile buffer": chip["tile.buffer_energy"],
+    }
+
+
+def spikesim_cost(
+    layers: Iterable[SpikeSimLayer], timesteps: int, chip: Chip, *, slices: int = 1, tile_taps: int | None = None
+) -> SpikeSimCost:
+    """SpikeSim's dense estimate (Moitra et al., TCAD 2023; commit c2627bc). One crossbar size X = crossbar.rows.
+
+        PE_l = ceil(i/X)*ceil(o/X); tiles = ceil(sum PE_l/pe_per_tile); E_l = PE_l*d^2*e_cycle*T
+        A_total = tiles*A_tile + sum_l i*d_in^2*bit*22 + sum over the first five layers of o*d^2*bit*22
+        latency = t_PE*(T*sum_{l<n} int(0.75*d_l^2*o_l) + T*int(d_n^2*o_n))
+
+    slices     crossbars a weight takes (precision preset): multiplies crossbar, ADC and MUX energy, and PEs before the
+               ceil to tiles; the estimator itself has no precision
+    tile_taps  k*k of a PE's crossbars in the tile's area; None: the largest of the layers
+    Known faults kept: pooled layers use sizes after the pool if the caller gives them so; 1x1, FC and residual adders
+    are absent; latency charges a PE cycle for every output neuron, energy one for 64; neuron memory for five layers
+    only, 22 bits even for spikes.
+    """
+    chip.require("spikesim")
+    given = tuple(layers)
+    if not given:
+        raise ConfigError("model spikesim: there is no convolution with a kernel above 1x1 to estimate")
+    x, t_pe = chip.integer("crossbar.rows"), chip["clock.pe_cycles"] / chip["clock.frequency"]
+    taps = max(layer.taps for layer in given) if tile_taps is None else tile_taps
+    costs: list[SpikeSimLayerCost] = []
+    cycles = 0
+    for place, layer in enumerate(given):
+        pes = math.ceil(layer.c_in / x) * math.ceil(layer.c_out / x)
+        cycle = sum(spikesim_cycle(chip, layer.taps, slices).values())
+        alone = layer.sites_out * layer.c_out
+        last = place == len(given) - 1
+        cycles += timesteps * (alone if last else int(chip["latency.overlap"] * alone))
+        costs.append(
+            SpikeSimLayerCost(
+                layer,
+                pes,
+                pes * layer.taps * slices,
+                pes * layer.sites_out * cycle * timesteps,
+                timesteps * alone * t_pe,
+                layer.c_in * layer.c_out * layer.taps * layer.sites_out,
+            )
+        )
+    n = _eighths(chip)
+    pes = sum(cost.pes for cost in costs)
+    tiles = math.ceil(pes * slices / chip.integer("tile.pes"))
+    a_pe = taps * chip["crossbar.area"] + n * (chip["adc.area"] + chip["mux.area"])
+    a_pes, a_sub = chip["tile.pes"] * a_pe, n * chip["diff.area"]
+    a_buffers = chip["tile.temp_area"] + chip["tile.buffer_area"]
+    a_tile = a_sub + a_buffers + a_pes + chip["tile.htree_area"]
+    element = chip["memory.bit_area"] * chip["memory.element_bits"]
+    a_in = sum(layer.c_in * layer.sites_in for layer in given) * element
+    a_neuron = sum(layer.c_out * layer.sites_out for layer in given[:5]) * element
+    totals = Totals(
+        sum(cost.energy for cost in costs),
+        cycles * t_pe,
+        tiles * a_tile + a_in + a_neuron,
+        float(sum(2 * cost.macs for cost in costs) * timesteps),
+    )
+    return SpikeSimCost(
+        tuple(costs),
+        totals,
+        pes,
+        sum(cost.crossbars for cost in costs),
+        tiles,
+        a_tile,
+        a_neuron,
+        a_in,
+        tiles * (a_pes + a_sub),
+        tiles * (a_buffers + a_pes) + a_in,
+        spikesim_cycle(chip, taps, slices),
+    )
+
+
+@dataclass(frozen=True)
+class SpikeSimEvents:
+    """Event counts of one convolution, as SpikingJelly 2.0.0's `estimate_spikesim_energy` counts them.
+
+    active_patch_tiles         windows x input tiles with a spike
+    active_rows_by_tile        driven rows, per input tile
+    active_output_tile_sites   output tiles x positions with a spike in the window
+    """
+
+    c_in: int
+    c_out: int
+    taps: int
+    dense_pe_cycles: int
+    active_patch_tiles: float
+    active_rows_by_tile: tuple[float, ...]
+    active_output_tile_sites: float
+
+
+def spikesim_event_energy(events: SpikeSimEvents, chip: Chip) -> dict[str, float]:
+    """Event-mode energy of one convolution, J, by part, as SpikingJelly 2.0.0 defines it.
+
+        patch control = Po*patches*(e_cycle without crossbar and neuron)
+        crossbar      = Po*sum over input tiles rows*(E_xbar/8)*(padded channels/channels)
+        neuron        = Pi*output tile sites*E_neuron                            Pi, Po = input, output tiles
+    """
+    x = chip.integer("crossbar.rows")
+    p_in, p_out = math.ceil(events.c_in / x), math.ceil(events.c_out / x)
+    cycle = spikesim_cycle(chip, events.taps)
+    control = sum(value for part, value in cycle.items() if part not in ("crossbar", "neuron"))
+    crossbar = 0.0
+    for place, rows in enumerate(events.active_rows_by_tile):
+        channels = min(x, events.c_in - place * x)
+        padded = math.ceil(channels / x) * x / channels
+        crossbar += rows * (chip["crossbar.energy"] / 8.0) * padded
+    return {
+        "patch control": p_out * events.active_patch_tiles * control,
+        "crossbar": p_out * crossbar,
+        "neuron": p_in * events.active_output_tile_sites * chip["neuron.energy"],
+    }
+
+
+def spikesim_layers(workload: Workload) -> tuple[SpikeSimLayer, ...]:
+    """The layers SpikeSim would count: convolutions with a kernel above 1x1. 1x1, linear and readout are dropped."""
+    return tuple(
+        SpikeSimLayer(
+            layer.name,
+            layer.c_in // layer.groups,
+            layer.c_out,
+            layer.size_in[0] * layer.size_in[1],
+            layer.sites,
+            layer.taps,
+        )
+        for layer in workload.layers
+        if layer.kind == "conv" and layer.taps > 1
+    )
+
+
+# ------------------------------------------------------------------------------------------------ model: physical
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Weight and membrane bits to price; None keeps the network's own. `projected`: from shapes and activity only."""
+
+    name: str
+    weight_bits: int | None
+    membrane_bits: int | None
+    projected: bool
+
+
+OWN = Precision("own", None, None, False)
+FP32_SIGNIFICAND24 = Precision("FP32 significand24", 24, 32, True)
+FP32_BITS32 = Precision("FP32 bits32", 32, 32, True)
+BITS8 = Precision("8 bit", 8, 8, True)
+BITS4 = Precision("4 bit", 4, 4, True)
+PRECISIONS = (FP32_SIGNIFICAND24, FP32_BITS32, BITS8, BITS4)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: `count` times `unit` (J or m2), and the constants it rests on. layer "" is the chip."""
+
+    layer: str
+    component: str
+    count: float
+    unit: float
+    keys: tuple[str, ...]
+
+    @property
+    def value(self) -> float:
+        """count*unit."""
+        return self.count * self.unit
+
+
+@dataclass(frozen=True, eq=False)
+class _LayerWork:
+    """Counts of one layer that no real-valued constant changes."""
+
+    mapped: MappedLayer
+    cell_reads: float
+    level_reads: float
+    conversions: float
+    visit_outputs: float
+    read_bits: float
+    bn_outputs: float
+    bn_read_bits: float
+    transfers: float
+    transfer_bits: float
+    hops: float
+    synops: float
+    cycles: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A workload under one precision on one chip's mapping, with everything counted; `physical_cost` prices it."""
+
+    workload: Workload
+    precision: Precision
+    plan: Floorplan
+    layers: tuple[_LayerWork, ...]
+    membrane_bits: Mapping[str, int]
+    spikes: Mapping[str, float]
+    pools: Mapping[str, float]
+    table_bits: float
+    input_reads: float
+
+    @property
+    def mapped(self) -> tuple[MappedLayer, ...]:
+        """The layers on their crossbars."""
+        return tuple(work.mapped for work in self.layers)
+
+    @property
+    def synops(self) -> float:
+        """Synaptic operations of a sample: driven rows times fan-out (bit planes counted apart)."""
+        return sum(work.synops for work in self.layers)
+
+
+def prepare(workload: Workload, load: Load, chip: Chip, precision: Precision = OWN) -> Prepared:
+    """Map a workload and count what its load makes it do.
+
+    raises  ConfigError  if the load was counted for other crossbar rows or another mapping, or a chip limit is passed
+    """
+    chip.require("physical")
+    rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
+    if (load.rows, load.scheme) != (rows, scheme):
+        raise ConfigError(
+            f"activity was counted for {load.rows} rows and {load.scheme}, but chip {chip.name} has {rows} rows and "
+            f"{scheme}; measure it for this chip"
+        )
+    mapped = tuple(map_layer(layer, chip, precision.weight_bits) for layer in workload.layers)
+    plan = floorplan(mapped, chip)
+    places = {layer.name: place for place, layer in enumerate(workload.layers)}
+    cell_bits, coding = chip.integer("cell.bits"), chip.choice("mapping.coding")
+    middle = ((1 << cell_bits) - 1) / 2
+    fixed = chip["noc.fixed_hops"] if chip.choice("noc.distance") == "fixed" else None
+    works: list[_LayerWork] = []
+    for place, entry in enumerate(mapped):
+        layer, counts = entry.layer, load.layers[entry.layer.name]
+        driven, visits = float(counts.rows.sum()), float(counts.visits.sum())
+        if layer.codes is not None and not precision.projected:
+            sums = row_level_sums_of(layer.codes, layer.groups, entry.bits, cell_bits, coding)
+            level_reads = float((counts.rows * sums).sum())
+        else:
+            level_reads = driven * entry.group_columns * middle
+        outputs = layer.c_out // layer.groups
+        sites = float(counts.sites.sum()) * layer.c_out
+        dense = layer.bn == "dense" and not precision.projected
+        works.append(
+            _LayerWork(
+                entry,
+                driven * entry.group_columns * entry.shared,
+                level_reads,
+                visits * entry.group_columns,
+                visits * outputs,
+                float((counts.visits * entry.used_rows).sum()),
+                0.0 if dense or not layer.bn else sites,
+                sites * layer.bn_entry_bits if dense else 0.0,
+                float(counts.inputs.sum()) * layer.planes,
+                float(layer.values_in * layer.planes * layer.steps),
+                plan.hops(place, tuple(places[name] for name in layer.feeders)) if fixed is None else fixed,
+                driven * outputs,
+                float(layer.steps * layer.sites * layer.planes),
+            )
+        )
+    membranes = {p.name: precision.membrane_bits or p.bits for p in workload.populations}
+    first = workload.layers[0]
+    return Prepared(
+        workload,
+        precision,
+        plan,
+        tuple(works),
+        membranes,
+        {name: float(counts.sum()) for name, counts in load.spikes.items()},
+        load.pools,
+        _table_bits(workload, precision),
+        float(load.layers[first.name].inputs.sum()) * 8,
+    )
+
+
+def row_level_sums_of(codes: np.ndarray, groups: int, bits: int, cell_bits: int, coding: str) -> np.ndarray:  # type: ignore[type-arg]  # fmt: skip
+    """`cells.row_level_sums` for grouped weights: (C_out, C_in/groups, kh, kw) to (C_in, kh, kw)."""
+    parts = np.split(codes, groups) if groups > 1 else [codes]
+    return np.concatenate([row_level_sums(part, bits, cell_bits, coding) for part in parts])
+
+
+def _table_bits(workload: Workload, precision: Precision) -> float:
+    """Bits of all tables: BN, LIF, input, readout bias. FP32 keeps two 32-bit BN constants a channel and no LIF table."""
+    total = workload.input_table_bits
+    for layer in workload.layers:
+        if precision.weight_bits is not None and precision.weight_bits > 8 and layer.bn:
+            total += layer.c_out * 64
+        elif precision.projected and layer.bn:
+            total += layer.c_out * (16 + 32 + 5)
+        else:
+            total += layer.bn_bits
+    for population in workload.populations:
+        bits = precision.membrane_bits
+        if bits is None or bits == population.bits:
+            total += population.table_bits
+        elif bits <= 8:
+            total += ((1 << bits) - 1) * 16 + ((1 << bits) - 2) * 16
+    return float(total)
+
+
+@dataclass(frozen=True, eq=False)
+class PhysicalCost:
+    """Energy (without leakage) and area ledgers, per-layer delays, and the totals of each schedule.
+
+    leakage  J, by schedule         delays  s, by layer, each as if alone
+    """
+
+    chip: Chip
+    prepared: Prepared
+    energy: tuple[Entry, ...]
+    area: tuple[Entry, ...]
+    delays: Mapping[str, float]
+    leakage: Mapping[str, Entry]
+    schedules: Mapping[str, Totals]
+
+    @property
+    def schedule(self) -> str:
+        """The schedule behind the headline figures, the chip's latency.schedule."""
+        return self.chip.choice("latency.schedule")
+
+    @property
+    def totals(self) -> Totals:
+        """The headline figures."""
+        return self.schedules[self.schedule]
+
+    def energy_entries(self, schedule: str | None = None) -> tuple[Entry, ...]:
+        """The energy ledger with the leakage of a schedule (None: the headline one)."""
+        return (*self.energy, self.leakage[schedule or self.schedule])
+
+
+def by_component(entries: Iterable[Entry]) -> dict[str, float]:
+    """Sum of a ledger by component, in the order of first appearance."""
+    sums: dict[str, float] = {}
+    for entry in entries:
+        sums[entry.component] = sums.get(entry.component, 0.0) + entry.value
+    return sums
+
+
+def by_layer(entries: Iterable[Entry]) -> dict[str, float]:
+    """Sum of a ledger by layer; "" is what belongs to no layer."""
+    sums: dict[str, float] = {}
+    for entry in entries:
+        sums[entry.layer] = sums.get(entry.layer, 0.0) + entry.value
+    return sums
+
+
+def weak_share(entries: Iterable[Entry], chip: Chip, *, unsourced_only: bool = False) -> float:
+    """Share of a ledger's value, 0..1, whose entries rest on a low-confidence or unsourced constant (or unsourced only)."""
+    total = weak = 0.0
+    for entry in entries:
+        total += entry.value
+        constants = [chip.constants[key] for key in entry.keys]
+        if any(c.unsourced if unsourced_only else c.weak for c in constants):
+            weak += entry.value
+    return weak / total if total else 0.0
+
+
+def physical_cost(prepared: Prepared, chip: Chip) -> PhysicalCost:
+    """Price a prepared workload. `chip` may differ from the one it was prepared for in real-valued constants only."""
+    area = _area_ledger(prepared, chip)
+    total_area = sum(entry.value for entry in area)
+    energy = _energy_ledger(prepared, chip, total_area)
+    spent = sum(entry.value for entry in energy)
+    delays = {work.mapped.layer.name: work.cycles * _t_pe(chip) for work in prepared.layers}
+    leakage: dict[str, Entry] = {}
+    schedules: dict[str, Totals] = {}
+    for schedule in SCHEDULES:
+        delay = _delay(prepared, delays, schedule, chip["latency.overlap"])
+        entry = Entry("", "leakage", delay, chip["leakage.density"] * total_area, ("leakage.density",))
+        leakage[schedule] = entry
+        schedules[schedule] = Totals(spent + entry.value, delay, total_area, float(prepared.workload.ops))
+    return PhysicalCost(chip, prepared, energy, area, delays, leakage, schedules)
+
+
+def _t_pe(chip: Chip) -> float:
+    return chip["clock.pe_cycles"] / chip["clock.frequency"]
+
+
+def _energy_ledger(prepared: Prepared, chip: Chip, area: float) -> tuple[Entry, ...]:
+    read = chip["cell.v_read"] ** 2 * chip["cell.t_read"]
+    step = (chip["cell.g_max"] - chip["cell.g_min"]) / ((1 << chip.integer("cell.bits")) - 1)
+    adc_bits = chip.integer("adc.bits")
+    e_adc, adc_names = adc_energy(chip, adc_bits), adc_keys(adc_bits, "energy")
+    cell = ("cell.v_read", "cell.t_read")
+    bit, bit_key = chip["memory.bit_energy"], ("memory.bit_energy",)
+    dense = chip.choice("noc.mode") == "dense"
+    pitch = math.sqrt(area / max(1, len(prepared.plan.tiles)))
+    entries: list[Entry] = []
+
+    def add(layer: str, component: str, count: float, unit: float, *keys: str) -> None:
+        if count:
+            entries.append(Entry(layer, component, count, unit, keys))
+
+    for work in prepared.layers:
+        name = work.mapped.layer.name
+        add(name, "array", work.cell_reads, read * chip["cell.g_min"], *cell, "cell.g_min")
+        add(name, "array", work.level_reads, read * step, *cell, "cell.g_min", "cell.g_max")
+        add(name, "ADC", work.conversions, e_adc, *adc_names)
+        add(name, "MUX", work.conversions, chip["mux.energy"], "mux.energy")
+        add(name, "shift-add", work.conversions, chip["digital.shift_add_energy"], "digital.shift_add_energy")
+        add(name, "offset removal", work.visit_outputs, chip["diff.energy"], "diff.energy")
+        add(name, "spike memory", work.read_bits, bit, *bit_key)
+        add(name, "BN", work.bn_outputs, chip["digital.bn_energy"], "digital.bn_energy")
+        add(name, "BN", work.bn_read_bits, bit, *bit_key)
+        if dense:
+            per_hop = chip["noc.bit_mm_energy"] * pitch
+            add(name, "transport", work.transfer_bits * work.hops, per_hop, "noc.bit_mm_energy")
+        else:
+            add(name, "transport", work.transfers * work.hops, chip["noc.hop_energy"], "noc.hop_energy")
+    workload = prepared.workload
+    add("", "input table", prepared.input_reads, bit, *bit_key)
+    update = chip["neuron.leak_energy"] + chip["neuron.add_energy"] + chip["neuron.compare_energy"]
+    for population in workload.populations:
+        bits = prepared.membrane_bits[population.name]
+        updates = float(workload.timesteps * population.neurons)
+        name = population.name
+        add(name, "neuron", updates * bits / 8, update, "neuron.leak_energy", "neuron.add_energy", "neuron.compare_energy")
+        add(name, "neuron", prepared.spikes[name], chip["neuron.reset_energy"], "neuron.reset_energy")
+        add(name, "membrane memory", 2 * updates * bits, bit, *bit_key)
+    for op in workload.stream_ops:
+        runs = float(op.elements * op.steps)
+        if op.kind in ("add", "requantize"):
+            add(op.name, "neuron", runs, chip["digital.add_energy"], "digital.add_energy")
+        else:  # every spike is counted into each window that holds it
+            reach = op.window * op.elements / op.values_in
+            add(op.name, "pool", prepared.pools[op.name] * reach, chip["digital.add_energy"], "digital.add_energy")
+        add(op.name, "membrane memory", 2 * runs * op.stored_bits, bit, *bit_key)
+    return tuple(entries)
+
+
+def _area_ledger(prepared: Prepared, chip: Chip) -> tuple[Entry, ...]:
+    tiles = float(len(prepared.plan.tiles))
+    crossbars = tiles * chip["tile.pes"] * chip["tile.crossbars_per_pe"]
+    cells = crossbars * chip["crossbar.rows"] * chip["crossbar.columns"]
+    converters = crossbars * chip["crossbar.columns"] / chip["adc.share"]
+    adc_bits = chip.integer("adc.bits")
+    bit, bit_key = chip["memory.bit_area"], ("memory.bit_area",)
+    workload = prepared.workload
+    membranes = float(sum(p.neurons * prepared.membrane_bits[p.name] for p in workload.populations))
+    spikes = float(sum(p.neurons for p in workload.populations))
+    streams = float(sum(op.elements * op.stored_bits for op in workload.stream_ops))
+    f2 = chip["cell.feature"] ** 2
+    return tuple(
+        Entry("", component, count, unit, keys)
+        for component, count, unit, keys in (
+            ("crossbars", cells, chip["cell.area_f2"] * f2, ("cell.area_f2", "cell.feature")),
+            ("ADC", converters, adc_area(chip, adc_bits), adc_keys(adc_bits, "area")),
+            ("MUX", converters, chip["mux.area"], ("mux.area",)),
+            ("subtractors", tiles * chip["crossbar.columns"] / chip["adc.share"], chip["diff.area"], ("diff.area",)),
+            ("buffers", tiles, chip["tile.buffer_area"], ("tile.buffer_area",)),
+            ("buffers", tiles, chip["tile.temp_area"], ("tile.temp_area",)),
+            ("interconnect", tiles, chip["tile.htree_area"], ("tile.htree_area",)),
+            ("membrane memory", membranes, bit, bit_key),
+            ("spike memory", spikes, bit, bit_key),
+            ("stream memory", streams, bit, bit_key),
+            ("tables", prepared.table_bits, bit, bit_key),
+        )
+    )
+
+
+def _delay(prepared: Prepared, delays: Mapping[str, float], schedule: str, overlap: float) -> float:
+    """Time of one sample, s.
+
+    sequential   the sum of the layers
+    overlapped   a layer starts when its feeders are `overlap` done, and ends no sooner than they do
+    pipelined    layers hand on step by step: the slowest layer, and one step of every other on the way to its end
+    """
+    if schedule == "sequential":
+        return sum(delays.values())
+    if schedule == "overlapped":
+        starts: dict[str, float] = {}
+        ends: dict[str, float] = {}
+        for work in prepared.layers:
+            layer = work.mapped.layer
+            begin = max((starts[f] + overlap * delays[f] for f in layer.feeders), default=0.0)
+            starts[layer.name] = begin
+            ends[layer.name] = max([begin + delays[layer.name], *(ends[f] for f in layer.feeders)])
+        return max(ends.values())
+    fill = {work.mapped.layer.name: delays[work.mapped.layer.name] / work.mapped.layer.steps for work in prepared.layers}
+    slowest = max(delays, key=lambda name: delays[name])
+    return delays[slowest] + sum(fill.values()) - fill[slowest]
+
+
+def presets(
+    workload: Workload, chip: Chip, load: Load | None = None, base_bits: int = 4
+) -> dict[str, dict[str, float]]:
+    """Ratios FP32 to `base_bits` under both presets: TOPS/W, TOPS/mm2 and EDAP, higher is better for the low precision.
+
+    With `load` None the spikesim recipe on the chip's constants: slices multiply crossbar, ADC and MUX inside the PE
+    cycle; area is tiles*A_tile only, with PEs multiplied before the ceil; delay unchanged. With a load the physical
+    model.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for name, bits in (("significand24", 24), ("bits32", 32)):
+        if load is None:
+            chip.require("spikesim")
+            layers = spikesim_layers(workload)
+            low, high = (
+                spikesim_cost(layers, workload.timesteps, chip, slices=-(-b // 4)) for b in (base_bits, bits)
+            )
+            energy = high.totals.energy / low.totals.energy
+            area = high.tiles / low.tiles
+            delay = 1.0
+        else:
+            base = Precision(f"{base_bits} bit", base_bits, base_bits, True)
+            full = FP32_SIGNIFICAND24 if bits == 24 else FP32_BITS32
+            small, big = (physical_cost(prepare(workload, load, chip, p), chip).totals for p in (base, full))
+            energy, area, delay = big.energy / small.energy, big.area / small.area, big.delay / small.delay
+        result[name] = {"tops_per_w": energy, "tops_per_mm2": area * delay, "edap": energy * area * delay}
+    return result
+
+
+PAPER_FIG3 = {"tops_per_w": 2.64, "tops_per_mm2": 6.19, "edap": 14.85}
+"""MD-SNN Fig. 3, 4 bit against FP32 on N-Caltech101. 2.64*6.19 = 16.34, not 14.85: the three do not agree."""

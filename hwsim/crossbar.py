@@ -1,0 +1,286 @@
+"""Crossbars at work: a network run through sliced cells, partial sums and ADCs.
+
+Every weight layer is stored once as conductances (with device variation, if any); at run time each input bit plane
+drives the rows, each crossbar's column sums go through the ADC, and the digital side shifts, adds and takes the offset
+off. With ideal devices and a lossless ADC the result equals the integer engine bit for bit, which the tests hold.
+Wires are ideal here: IR drop is not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from mdsnn.kernels import reference
+from mdsnn.kernels.engine import NodeBackend, check_pixels
+from mdsnn.kernels.errors import ConfigError, InputError
+from mdsnn.kernels.formats import Array, delta
+from mdsnn.kernels.network import Conv, IntegerNetwork, Linear, Readout
+
+from .cells import conductance, levels, slice_factors, vary
+from .config import Chip
+from .converters import AdcCheck, check_adc, convert, lossless_bits
+from .mapping import Layer, Workload, from_network, row_tiles
+
+
+@dataclass(frozen=True, eq=False)
+class ProgrammedLayer:
+    """A layer's cells as programmed.
+
+    cells    for each row tile and block of rows: (channels, kernel positions) it reads, as flat indices into
+             (C_in*kh*kw,), and its conductances in levels above level 0, (rows, C_out/groups*columns) float64
+    factors  what each column of a weight counts, see cells.slice_factors
+    offset   taken off for every unit of input: delta with offset coding, 0 differential
+    """
+
+    layer: Layer
+    cells: tuple[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]], ...]
+    factors: npt.NDArray[np.int64]
+    offset: int
+    top_level: int
+
+
+def program(layer: Layer, chip: Chip, *, sigma: float = 0.0, rng: np.random.Generator | None = None) -> ProgrammedLayer:
+    """Store the codes of `layer` in cells, once.
+
+    sigma   sigma/mu of the conductances; 0 for ideal devices        rng  needed where sigma > 0
+    raises  ConfigError  for a layer without codes, or variation without a generator
+    """
+    if layer.codes is None:
+        raise ConfigError(f"layer {layer.name!r}: has no weight codes to program")
+    if sigma and rng is None:
+        raise ConfigError("device variation needs a random generator: pass rng=numpy.random.default_rng(seed)")
+    cell_bits, coding = chip.integer("cell.bits"), chip.choice("mapping.coding")
+    scheme, rows = chip.choice("mapping.scheme"), chip.integer("crossbar.rows")
+    g_min, g_max = chip["cell.g_min"], chip["cell.g_max"]
+    step = (g_max - g_min) / ((1 << cell_bits) - 1)
+    stored = levels(layer.codes, layer.bits, cell_bits, coding)  # columns, C_out, C_in/groups, kh, kw
+    columns = len(stored)
+    per_in, per_out = layer.c_in // layer.groups, layer.c_out // layer.groups
+    tile, _ = row_tiles(layer, rows, scheme)
+    cells: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
+    for group in range(layer.groups):
+        own = stored[:, group * per_out : (group + 1) * per_out].reshape(columns, per_out, per_in * layer.taps)
+        ids = tile[group * per_in : (group + 1) * per_in].copy()
+        if scheme == "kernel-split":  # a block of rows for each kernel position
+            ids = ids * layer.taps + np.arange(layer.taps)[None, :]
+        flat = ids.reshape(-1)
+        for block in np.unique(flat):
+            at = np.flatnonzero(flat == block)
+            level = own[:, :, at].transpose(2, 1, 0).reshape(len(at), per_out * columns)
+            if sigma:
+                assert rng is not None  # checked above
+                g = (vary(conductance(level, g_min, g_max, cell_bits), sigma, rng) - g_min) / step
+            else:
+                g = level.astype(np.float64)
+            cells.append((group, at + group * per_in * layer.taps, g))
+    offset = delta(layer.bits) if coding == "offset" else 0
+    return ProgrammedLayer(
+        layer, tuple(cells), slice_factors(layer.bits, cell_bits, coding), offset, (1 << cell_bits) - 1
+    )
+
+
+def accumulate(programmed: ProgrammedLayer, x: Array, adc_bits: int, transfer: str) -> npt.NDArray[np.float64]:
+    """Accumulators of a layer through its crossbars.
+
+    x         (N, C_in, H, W) integers in the layer's range
+    adc_bits  1..32             transfer  "clip" or "scale", see converters
+    returns   (N, C_out, H_out, W_out) float64; integers where every conversion is exact
+    """
+    layer = programmed.layer
+    pad, (kh, kw) = layer.padding, layer.kernel
+    padded = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(2, 3))
+    windows = windows[:, :, :: layer.stride, :: layer.stride]
+    n, _, height, width = windows.shape[:4]
+    flat = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, layer.c_in * layer.taps)
+    per_out, columns = layer.c_out // layer.groups, len(programmed.factors)
+    out = np.zeros((len(flat), layer.groups, per_out))
+    for group, at, g in programmed.cells:
+        part = flat[:, at]
+        full_scale = len(at) * programmed.top_level
+        for plane in range(layer.planes):
+            bits = ((part >> plane) & 1).astype(np.float64)
+            sums = convert(bits @ g, full_scale, adc_bits, transfer)
+            weight = -(1 << plane) if layer.low < 0 and plane == layer.planes - 1 else 1 << plane
+            out[:, group] += weight * (sums.reshape(-1, per_out, columns) @ programmed.factors.astype(np.float64))
+        if programmed.offset:
+            out[:, group] -= programmed.offset * part.sum(axis=1, keepdims=True)
+    return out.reshape(n, height, width, layer.c_out).transpose(0, 3, 1, 2)
+
+
+class _Kernels:
+    """The reference kernels with weight layers replaced by crossbars; layers are told apart by their weight arrays."""
+
+    def __init__(self, by_weight: dict[int, ProgrammedLayer], adc_bits: int, transfer: str) -> None:
+        self._by_weight, self._adc_bits, self._transfer = by_weight, adc_bits, transfer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def _run(self, x: Array, weight: Array) -> Array:
+        sums = accumulate(self._by_weight[id(weight)], x, self._adc_bits, self._transfer)
+        return np.rint(sums).astype(np.int64)
+
+    def conv2d(self, x: Array, weight: Array, stride: int, padding: int, groups: int) -> Array:
+        return self._run(x, weight)
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        return self._run(x, weight)
+
+    def readout(self, total: Array, weight: Array, bias: Array) -> Array:
+        logits: Array = self._run(total, weight)[:, :, 0, 0] + bias.astype(np.int64)
+        return logits
+
+    def bn_dense(self, acc: Array, table: Array, lo: Array, hi: Array) -> Array:
+        """A dense table holds reachable accumulators only; analog errors may leave them, and then the edge is read."""
+        low, high = (bound[None, :, None, None] for bound in (lo, hi))
+        return reference.bn_dense(np.clip(acc, low, high), table, lo, hi)
+
+
+class CrossbarNetwork:
+    """A network programmed into crossbars once; `run` gives logits.
+
+    chip      model physical
+    adc_bits  None: the chip's; 16 or more count as lossless wherever the crossbar has fewer than 65536 levels
+    transfer  "clip" or "scale"
+    sigma     device variation; None: the chip's cell.sigma needs rng, so the default is ideal devices, 0
+    raises    ConfigError  for variation without a generator
+    """
+
+    def __init__(
+        self,
+        network: IntegerNetwork,
+        chip: Chip,
+        *,
+        adc_bits: int | None = None,
+        transfer: str = "clip",
+        sigma: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        chip.require("physical")
+        bits = chip.integer("adc.bits") if adc_bits is None else adc_bits
+        if not 1 <= bits <= 32:
+            raise ConfigError(f"adc_bits = {bits} is outside 1..32")
+        self.network = network
+        nodes = {node.name: node for node in network.nodes}
+        by_weight: dict[int, ProgrammedLayer] = {}
+        for layer in from_network(network).layers:
+            node = nodes[layer.name]
+            assert isinstance(node, Conv | Linear | Readout)  # that is what a workload's layers are made of
+            by_weight[id(node.weight)] = program(layer, chip, sigma=sigma, rng=rng)
+        kernels = cast(ModuleType, _Kernels(by_weight, bits, transfer))
+        self._backend = NodeBackend(network, kernels, "crossbar")
+
+    def run(self, pixels: npt.ArrayLike, *, batch: int = 64) -> npt.NDArray[np.int32]:
+        """Logits (N, classes) int32 of uint8 pixels, as Engine.run takes them."""
+        array = check_pixels(self.network, pixels)
+        axis = array.ndim - 4
+        parts = [
+            self._backend.run(np.ascontiguousarray(array[(slice(None),) * axis + (slice(at, at + batch),)]), False)
+            for at in range(0, array.shape[axis], batch)
+        ]
+        return np.concatenate([part.logits for part in parts])
+
+
+@dataclass(frozen=True)
+class AdcAccuracy:
+    """Accuracy of a network under one ADC. agreement: share of samples with the integer engine's prediction."""
+
+    bits: int
+    transfer: str
+    accuracy: float
+    agreement: float
+    exact: bool
+    samples: int
+
+
+def adc_accuracy(
+    network: IntegerNetwork,
+    pixels: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    chip: Chip,
+    *,
+    bits: Sequence[int] | None = None,
+) -> tuple[AdcAccuracy, ...]:
+    """Accuracy with ideal devices under the chip's ADC, clipping and scaling, and under a lossless one.
+
+    labels   (N,) integers
+    bits     None: the chip's resolution and the lossless one
+    raises   InputError  if labels and pixels differ in number
+    """
+    array = check_pixels(network, pixels)
+    truth = np.asarray(labels)
+    if truth.shape != (array.shape[-4],):
+        raise InputError(f"{truth.shape} labels for {array.shape[-4]} samples; one each was expected")
+    exact_logits = NodeBackend(network, reference, "reference").run(array, False).logits
+    expected = exact_logits.argmax(axis=1)
+    full = chip.integer("crossbar.rows") * ((1 << chip.integer("cell.bits")) - 1)
+    own, enough = chip.integer("adc.bits"), lossless_bits(full)
+    cases = [(b, t) for b in (bits or (own,)) for t in (("clip", "scale") if b < enough else ("clip",))]
+    if bits is None and own < enough:
+        cases.append((enough, "clip"))
+    results: list[AdcAccuracy] = []
+    for b, transfer in cases:
+        logits = CrossbarNetwork(network, chip, adc_bits=b, transfer=transfer).run(array)
+        guess = logits.argmax(axis=1)
+        results.append(
+            AdcAccuracy(
+                b,
+                transfer,
+                float(np.mean(guess == truth)),
+                float(np.mean(guess == expected)),
+                bool(np.array_equal(logits, exact_logits)),
+                len(truth),
+            )
+        )
+    return tuple(results)
+
+
+def lossless_check(workload: Workload, chip: Chip, bits: int | None = None) -> dict[str, AdcCheck]:
+    """The lossless check of every layer, with the largest column sum its stored codes can reach.
+
+    bits  None: the chip's ADC
+    """
+    cell_bits, coding = chip.integer("cell.bits"), chip.choice("mapping.coding")
+    rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
+    adc_bits = chip.integer("adc.bits") if bits is None else bits
+    checks: dict[str, AdcCheck] = {}
+    for layer in workload.layers:
+        tile, used = row_tiles(layer, rows, scheme)
+        checks[layer.name] = check_adc(
+            int(used.max()),
+            (1 << cell_bits) - 1,
+            None if layer.codes is None else _stored_scale(layer, tile, cell_bits, coding, scheme),
+            adc_bits,
+        )
+    return checks
+
+
+def _stored_scale(layer: Layer, tile: Array, cell_bits: int, coding: str, scheme: str) -> int:
+    """Largest column sum of any crossbar of the layer with all its rows active, in levels."""
+    assert layer.codes is not None  # the caller's case
+    per_in = layer.c_in // layer.groups
+    local = tile[:per_in]  # every group falls into tiles in the same way
+    c_out = layer.c_out
+    # uint8 levels summed tile by tile: one reduceat along channels (kernel-split) or along flat rows (im2col)
+    best = 0
+    offset = delta(layer.bits)
+    single = coding == "offset" and -(-layer.bits // cell_bits) == 1
+    planes = [layer.codes] if single else list(levels(layer.codes, layer.bits, cell_bits, coding))
+    for plane in planes:
+        if scheme == "kernel-split":
+            starts = np.flatnonzero(np.diff(local[:, 0], prepend=-1))
+            sums = np.add.reduceat(plane, starts, axis=1, dtype=np.int32)
+            counts = np.diff(starts, append=per_in)[None, :, None, None]
+        else:
+            starts = np.flatnonzero(np.diff(local.reshape(-1), prepend=-1))
+            sums = np.add.reduceat(plane.reshape(c_out, -1), starts, axis=1, dtype=np.int32)
+            counts = np.diff(starts, append=local.size)[None, :]
+        best = max(best, int((sums + offset * counts).max() if single else sums.max()))
+    return best
