@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mdsnn.kernels.container import DIGEST, MAX_FILE, pack, unpack
+from mdsnn.kernels.container import DIGEST, MAX_FILE, canonical_json, pack, unpack
 from mdsnn.kernels.errors import ArtifactError, FormatError, InputError, NetworkError
 from mdsnn.kernels.files import read_bounded, write_bytes
 from mdsnn.kernels.formats import Array, Grid, check_bits, narrowest, pack_nibbles, unpack_nibbles
@@ -198,12 +198,13 @@ class _Reader:
             raise self.fail(str(fault)) from None
         for node, entry in zip(network.nodes, document["nodes"], strict=True):
             claims = _claims(network.proof, node.name)
-            if entry["claims"] != claims:
-                wrong = [key for key in claims if entry["claims"].get(key) != claims[key]] or sorted(entry["claims"])
-                raise self.fail(
-                    f"node {node.name!r}: it claims {wrong[0]} = {entry['claims'].get(wrong[0])!r:.60},"
-                    f" but its codes give {claims.get(wrong[0])!r}"
-                )
+            self.table(
+                entry["claims"], {key: type(claim) for key, claim in claims.items()}, f"node {node.name!r}: claims"
+            )
+            for key, claim in claims.items():
+                stated = canonical_json(entry["claims"][key])
+                if stated != canonical_json(claim):  # in JSON, where True and 1.0 are not 1
+                    raise self.fail(f"node {node.name!r}: it claims {key} = {stated:.60}, but its codes give {claim}")
         return network
 
     def node(self, entry: Any, place: int) -> Node:
@@ -217,7 +218,8 @@ class _Reader:
             keys["weight_shape"] = list
         self.table(entry, keys, where)
         arrays = {attribute: self.tensor(entry, attribute, where) for attribute in kind.ARRAYS}
-        return kind(**{name: entry[name] for name in scalars}, **arrays)
+        values: dict[str, Any] = {**{name: entry[name] for name in scalars}, **arrays}
+        return kind(**values)
 
     def tensor(self, entry: dict[str, Any], attribute: str, where: str) -> Array:
         name = f"{entry['name']}/{attribute}"
@@ -231,7 +233,10 @@ class _Reader:
             count = 1
             for axis in shape:
                 count *= axis
-            packed = check_bits(entry["bits"]) <= _PACKED_BITS
+            try:
+                packed = check_bits(entry["bits"]) <= _PACKED_BITS
+            except FormatError as fault:
+                raise self.fail(f"{where}: {fault}") from None
             if stored.dtype != (np.uint8 if packed else np.int8) or stored.ndim != (1 if packed else len(shape)):
                 raise self.fail(
                     f"{where}: tensor {name!r} is {stored.dtype} {stored.shape}, not {entry['bits']}-bit codes"
@@ -241,15 +246,20 @@ class _Reader:
                     raise self.fail(
                         f"{where}: {tuple(shape)} of 4-bit codes do not fit {stored.size} bytes. Truncated?"
                     )
-                return unpack_nibbles(stored, count).reshape(shape)
+                try:
+                    codes = unpack_nibbles(stored, count)
+                except FormatError as fault:
+                    raise self.fail(f"{where}: tensor {name!r}: {fault}") from None
+                codes.setflags(write=False)
+                return codes.reshape(shape)
             if list(stored.shape) != shape:
                 raise self.fail(f"{where}: tensor {name!r} has shape {stored.shape}, weight_shape says {tuple(shape)}")
             return stored
-        if stored.size == 0:
-            raise self.fail(f"{where}: tensor {name!r} is empty")
+        if stored.size == 0 or stored.dtype.kind not in "iu":
+            raise self.fail(f"{where}: tensor {name!r} is {stored.dtype} {stored.shape}, not a table of integers")
         unsigned = NODE_TYPES[entry["type"]].ARRAYS[attribute] is np.uint8
         due = np.dtype(np.uint8) if unsigned else narrowest(int(stored.min()), int(stored.max()))
-        if stored.dtype.kind not in "iu" or stored.dtype != due:
+        if stored.dtype != due:
             raise self.fail(f"{where}: tensor {name!r} is stored as {stored.dtype}; its values need {due}")
         return stored
 

@@ -1,9 +1,9 @@
 """Do all executors agree on every integer? And where they part, where first?
 
-An executor is a callable from pixels to a `Trace` (h, s and q of every LIF node and step, and the logits). `verify` runs
-all of them on the same data and compares each with the first one, integer by integer. An executor that fails to run counts
-as a failure, never as agreement. The first divergence is the earliest in time and then in the order of the graph, so that
-what it names is where the difference arose and not what it spread to.
+An executor is a callable from pixels to a `Trace` (h, s and q of every LIF node and step, and the logits). `verify`
+runs all of them on the same data and compares each with the first one, integer by integer. An executor that fails to
+run counts as a failure, never as agreement. The first divergence is the earliest in time and then in the order of the
+graph, so that what it names is where the difference arose and not what it spread to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mdsnn.kernels.engine import Engine, Trace, check_pixels
-from mdsnn.kernels.errors import MdsnnError
+from mdsnn.kernels.errors import ConfigError, MdsnnError
 from mdsnn.kernels.files import write_bytes, write_text
-from mdsnn.kernels.formats import Array
-from mdsnn.kernels.network import IntegerNetwork, Lif
+from mdsnn.kernels.formats import Array, dense_table
+from mdsnn.kernels.network import BnAffine, BnDense, IntegerNetwork, Lif, Node
 
 Executor = Callable[[npt.NDArray[np.uint8]], Trace]
 
@@ -173,19 +173,25 @@ def kernel_executor(network: IntegerNetwork, kernels: str) -> Executor:
     return execute
 
 
-def _same_form(got: Trace, want: Trace) -> str | None:
-    """Why two traces cannot be compared: layers, shapes or dtypes that differ."""
-    if sorted(got.lifs) != sorted(want.lifs):
-        only = sorted(set(got.lifs) ^ set(want.lifs))
-        return f"its layers differ from the baseline's: {', '.join(only[:4])}"
-    pairs = [
-        (f"{q} of {name!r}", getattr(got.lifs[name], q), getattr(lif, q))
-        for name, lif in want.lifs.items()
-        for q in "hsq"
+def _misfit(network: IntegerNetwork, got: object, samples: int) -> str | None:
+    """Why a value is no trace of `network`: its type, layers, shapes or dtypes."""
+    if not isinstance(got, Trace):
+        return f"it returned {type(got).__name__}, where a Trace is needed"
+    names = [lif.name for lif in network.lifs]
+    if sorted(got.lifs) != sorted(names):
+        return f"its layers differ from the network's: {', '.join(sorted(set(got.lifs) ^ set(names))[:4])}"
+    due: list[tuple[str, object, type, tuple[int, ...]]] = [
+        ("logits", got.logits, np.int32, (samples, network.classes))
     ]
-    for what, a, b in [*pairs, ("logits", got.logits, want.logits)]:
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{what} is {a.dtype} {a.shape}, the baseline's is {b.dtype} {b.shape}"
+    for name in names:
+        shape = (network.timesteps, samples, *network.proof.shapes[name])
+        for quantity, dtype in (("h", np.int32), ("s", np.uint8), ("q", np.int8)):
+            due.append((f"{quantity} of {name!r}", getattr(got.lifs[name], quantity), dtype, shape))
+    for what, array, dtype, shape in due:
+        if not isinstance(array, np.ndarray):
+            return f"{what} is a {type(array).__name__}, where an array is needed"
+        if array.shape != shape or array.dtype != dtype:
+            return f"{what} is {array.dtype} {array.shape}, where {np.dtype(dtype)} {shape} is needed"
     return None
 
 
@@ -193,9 +199,9 @@ def _first(network: IntegerNetwork, got: Trace, want: Trace, names: tuple[str, s
     """The earliest difference: by step, then layer, then h, s, q, then sample and index."""
     segment = segments(network)
     for step in range(network.timesteps):
-        for name, lif in want.lifs.items():
+        for name in (lif.name for lif in network.lifs):
             for quantity in "hsq":
-                a, b = getattr(got.lifs[name], quantity)[step], getattr(lif, quantity)[step]
+                a, b = getattr(got.lifs[name], quantity)[step], getattr(want.lifs[name], quantity)[step]
                 where = np.argwhere(a != b)
                 if len(where):
                     at = tuple(int(i) for i in where[0])
@@ -226,8 +232,11 @@ def verify(
     pixels     uint8 [N, C, H, W] or [T, N, C, H, W]
     batch      samples a comparison; memory is a few traces of this many
     progress   called with (samples done, samples)
-    raises     InputError  for pixels that do not fit. What an executor raises becomes its Comparison's `failure`.
+    raises     InputError   for pixels that do not fit. What an executor raises becomes its Comparison's `failure`.
+               ConfigError  without executors, or with a batch below 1
     """
+    if not executors or batch < 1:
+        raise ConfigError(f"{len(executors)} executors and a batch of {batch}: there must be at least 1 of each")
     array = check_pixels(network, pixels)
     axis = array.ndim - 4
     samples = array.shape[axis]
@@ -241,9 +250,12 @@ def verify(
             if comparison.failure is not None:
                 continue
             try:
-                got = execute(part)
+                got = execute(part.copy())  # its own copy: whatever it does to it, the others see the same pixels
             except Exception as fault:  # an executor of any kind may fail in any way; that is the finding
                 comparison.failure = f"{type(fault).__name__}: {fault}"
+                continue
+            comparison.failure = _misfit(network, got, part.shape[axis])
+            if comparison.failure is not None:
                 continue
             if name == baseline:
                 want = got
@@ -259,10 +271,6 @@ def verify(
 def _compare(
     network: IntegerNetwork, comparison: Comparison, got: Trace, want: Trace, baseline: str, offset: int
 ) -> None:
-    fault = _same_form(got, want)
-    if fault is not None:
-        comparison.failure = fault
-        return
     for quantity in QUANTITIES:
         if quantity == "logits":
             pairs = [(got.logits, want.logits)]
@@ -325,6 +333,19 @@ def compare_constants(got: IntegerNetwork, want: IntegerNetwork) -> list[Constan
     return found
 
 
+def match_bn_forms(network: IntegerNetwork, like: IntegerNetwork) -> IntegerNetwork:
+    """`network` with its affine BN tables made dense where the node of that name is dense in `like`."""
+    dense = {node.name for node in like.nodes if isinstance(node, BnDense)}
+    nodes: list[Node] = []
+    for node in network.nodes:
+        if isinstance(node, BnAffine) and node.name in dense:
+            bounds = network.proof.channel_bounds[node.source]
+            table = dense_table(node.multiplier, node.offset, node.shift, *bounds, network.grid)
+            node = BnDense(node.name, node.source, table)
+        nodes.append(node)
+    return replace(network, nodes=tuple(nodes))
+
+
 _SCRIPT = '''"""Reproduces a divergence: {summary}
 
 Usage: python {script} [ARTIFACT]
@@ -357,9 +378,11 @@ for kernels in ("reference", "numba", "native"):
 
 
 def save_divergence(
-    divergence: Divergence, pixels: npt.ArrayLike, artifact: str, folder: str | os.PathLike[str], *, force: bool = False
+    divergence: Divergence, pixels: npt.ArrayLike, artifact: str, folder: str | os.PathLike[str]
 ) -> tuple[Path, Path]:
     """Write the diverging sample and both values as .npz, and a short script that runs the engines on it again.
+
+    Files of earlier finds are kept: the new ones take the next free number.
 
     pixels    the data that was verified (the whole array)
     artifact  the path the script loads unless it is given another
@@ -368,7 +391,10 @@ def save_divergence(
     array = np.asarray(pixels)
     axis = array.ndim - 4
     sample = array[(slice(None),) * axis + (slice(divergence.sample, divergence.sample + 1),)]
-    record, script = Path(folder) / "divergence.npz", Path(folder) / "reproduce.py"
+    number = 1
+    while (Path(folder) / f"divergence-{number}.npz").exists() or (Path(folder) / f"reproduce-{number}.py").exists():
+        number += 1
+    record, script = Path(folder) / f"divergence-{number}.npz", Path(folder) / f"reproduce-{number}.py"
     stream = io.BytesIO()
     np.savez_compressed(
         stream,
@@ -388,6 +414,6 @@ def save_divergence(
         quantity=divergence.quantity,
         step=divergence.step,
     )
-    write_bytes(record, stream.getvalue(), force=force)
-    write_text(script, text, force=force)
+    write_bytes(record, stream.getvalue())
+    write_text(script, text)
     return record, script

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ from .formats import Array
 MAX_HEADER = 1 << 20
 MAX_FILE = 1 << 31
 MAX_AXES = 8
+MAX_DEPTH = 32
+"""Deepest nesting of a document."""
 DIGEST = "sha256"
 _METADATA = "__metadata__"
 _DTYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
@@ -35,6 +38,21 @@ _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 def canonical_json(value: Any) -> str:
     """The one spelling of a JSON value: sorted keys, no spaces, ASCII, no NaN or infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _shallow(value: Any) -> bool:
+    """Whether `value` nests at most MAX_DEPTH deep. Level by level: no recursion, so no recursion error."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def _order(item: tuple[str, np.dtype[Any]]) -> tuple[int, str]:
@@ -93,6 +111,8 @@ class _Reader:
 
         try:
             value = json.loads(text, parse_constant=refuse)
+            if not _shallow(value):
+                raise self.fail(f"{place}: nested deeper than {MAX_DEPTH}")
             again = canonical_json(value)
         except (ValueError, RecursionError) as fault:
             raise self.fail(f"{place}: not JSON ({type(fault).__name__}). Damaged, or not a file of ours?") from None
@@ -166,9 +186,9 @@ class _Reader:
         if len(shape) > MAX_AXES or len(offsets) != 2:
             raise self.fail(f"tensor {name!r}: {len(shape)} axes and {len(offsets)} offsets")
         dtype = np.dtype(_DTYPES[code])
-        size = dtype.itemsize
-        for axis in shape:
-            size *= axis
+        size = math.prod(shape) * dtype.itemsize
+        if math.prod(axis or 1 for axis in shape) > MAX_FILE:  # (0, 2**31, 2**31, 2**31): no bytes, and no array either
+            raise self.fail(f"tensor {name!r}: its shape {tuple(shape)} is over {MAX_FILE} elements")
         if offsets[1] - offsets[0] != size:
             raise self.fail(
                 f"tensor {name!r}: {tuple(shape)} {code} = {size} bytes, but the file holds {offsets[1] - offsets[0]}"

@@ -371,10 +371,17 @@ def thread_count(threads: int | None = None) -> int:
     return threads
 
 
+def _as_array(pixels: npt.ArrayLike | None) -> Array:
+    try:
+        return np.asarray(pixels)
+    except (ValueError, TypeError) as fault:
+        raise InputError(f"the pixels are no array: {fault}") from None
+
+
 def check_pixels(network: IntegerNetwork, pixels: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """`pixels` as a C-contiguous uint8 array if they fit `network`; raises InputError saying what was expected."""
     spec = network.input
-    array = np.asarray(pixels)
+    array = _as_array(pixels)
     sample = (spec.channels, spec.height, spec.width)
     if spec.coding == "image":
         fits, expected = array.ndim == 4 and array.shape[1:] == sample, f"[N, {', '.join(map(str, sample))}]"
@@ -471,7 +478,7 @@ class Stream:
                 raise InputError("step(): image coding repeats the images given to stream(); leave the frame out")
             array = self._images
         else:
-            array = np.asarray(frame)
+            array = _as_array(frame)
             expected = (self._samples, spec.channels, spec.height, spec.width)
             if array.dtype != np.uint8 or array.shape != expected:
                 raise InputError(f"the frame is {array.dtype} {array.shape}; uint8 {expected} was expected")

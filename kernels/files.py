@@ -25,7 +25,7 @@ _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<pid>[0-9]+)\.[0-9a-f]{8}\.mdsnn-tm
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # OverflowError: a number that no process can have
         return False
     except PermissionError:
         return True
@@ -72,15 +72,20 @@ def _rename_new(temporary: Path, target: Path) -> None:
 def check_writable(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Fail early: raise what `atomic_write` would raise for `path`, before long work is spent on its content."""
     target = Path(path)
-    if target.is_dir():
-        raise StorageError(f"{target}: is a folder; name a file")
-    if target.exists() and not force:
-        raise StorageError(f"{target}: exists and is kept; pass --force (force=True) to replace it")
     folder = target.parent
-    if not folder.is_dir():
-        raise StorageError(f"{target}: its folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{target}: no permission to write in {folder}")
+    try:
+        if b"\0" in os.fsencode(target):
+            raise ValueError("its name holds a NUL")
+        if target.is_dir():
+            raise StorageError(f"{target}: is a folder; name a file")
+        if os.path.lexists(target) and not force:
+            raise StorageError(f"{target}: exists and is kept; pass --force (force=True) to replace it")
+        if not folder.is_dir():
+            raise StorageError(f"{target}: its folder {folder} does not exist; create it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise StorageError(f"{target}: no permission to write in {folder}")
+    except (OSError, ValueError) as fault:  # a name that is too long or cannot be encoded, a folder not to be searched
+        raise StorageError(f"{target}: cannot be written: {getattr(fault, 'strerror', None) or fault}") from fault
     return target
 
 
@@ -149,7 +154,9 @@ def read_bounded(path: str | os.PathLike[str], limit: int, *, what: str = "file"
             StorageError  if the operating system refuses to read it
     """
     try:
-        with open(path, "rb") as stream:
+        # O_NONBLOCK: to open a pipe that nobody writes to would wait for ever
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InputError(f"{path}: not a regular file; a {what} was expected")
@@ -157,13 +164,13 @@ def read_bounded(path: str | os.PathLike[str], limit: int, *, what: str = "file"
                 raise InputError(f"{path}: empty; a {what} was expected")
             if status.st_size > limit:
                 raise InputError(f"{path}: {status.st_size} bytes, over the limit of {limit} for a {what}")
-            content = stream.read(limit + 1)
+            content = stream.read(status.st_size + 1)  # the size, not the limit: read() allocates what it is asked for
     except (FileNotFoundError, NotADirectoryError) as fault:
         raise InputError(f"{path}: no such file; a {what} was expected") from fault
     except IsADirectoryError as fault:
         raise InputError(f"{path}: is a folder; a {what} was expected") from fault
     except (OSError, ValueError) as fault:  # ValueError: a NUL byte in the name
         raise StorageError(f"{path}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from fault
-    if len(content) > limit:
-        raise InputError(f"{path}: grew past the limit of {limit} bytes for a {what} while it was read")
+    if len(content) != status.st_size:
+        raise InputError(f"{path}: changed its size of {status.st_size} bytes while it was read")
     return content

@@ -33,6 +33,7 @@ SHORTCUT_RANGE_LOG2 = 3
 """A shortcut's codes span about +-2**3 of the real residual stream, whatever their width."""
 INT32_LIMIT = 2**31
 """An intermediate value x is proven to fit 32 bits when |x| < INT32_LIMIT."""
+_BLOCK = 1 << 22
 FLOAT32_EXACT = 2**24
 """Sums of integers below this magnitude are exact in float32, in any order."""
 
@@ -132,12 +133,14 @@ def unpack_nibbles(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.
     """
     if packed.size != (count + 1) // 2:
         raise FormatError(f"{packed.size} bytes cannot hold exactly {count} 4-bit codes")
-    flat = np.empty(packed.size * 2, np.uint8)
-    flat[0::2] = packed & 15
-    flat[1::2] = packed >> 4
-    if count % 2 and flat[-1]:
+    if count % 2 and packed[-1] >> 4:
         raise FormatError("the padding nibble behind an odd count of 4-bit codes is not 0")
-    return ((flat[:count] ^ 8).astype(np.int16) - 8).astype(np.int8)
+    signed, codes = packed.view(np.int8), np.empty(count, np.int8)
+    low, high = codes[0::2], codes[1::2]  # in place: a file of gigabytes is unpacked without temporaries
+    np.left_shift(signed, 4, out=low)
+    np.right_shift(low, 4, out=low)
+    np.right_shift(signed[: high.size], 4, out=high)
+    return codes
 
 
 # ----------------------------------------------------------------------------------------------------- input
@@ -174,8 +177,13 @@ def accumulator_bounds(weight: Array, lo: int, hi: int) -> tuple[npt.NDArray[np.
              channel's positive and negative codes. Every partial sum, in any order, stays inside.
     """
     flat = weight.reshape(weight.shape[0], -1)
-    positive = np.maximum(flat, 0).sum(axis=1, dtype=np.int64)
-    negative = np.minimum(flat, 0).sum(axis=1, dtype=np.int64)
+    positive, negative = (np.zeros(flat.shape[0], np.int64) for _ in range(2))
+    rows = max(1, _BLOCK // max(1, flat.shape[1]))
+    for row in range(0, flat.shape[0], rows):  # in blocks: the temporaries stay small beside a large weight
+        for column in range(0, flat.shape[1], _BLOCK):
+            block = flat[row : row + rows, column : column + _BLOCK]
+            positive[row : row + rows] += np.maximum(block, 0).sum(axis=1, dtype=np.int64)
+            negative[row : row + rows] += np.minimum(block, 0).sum(axis=1, dtype=np.int64)
     return hi * negative + lo * positive, hi * positive + lo * negative
 
 
@@ -206,11 +214,14 @@ def affine_constants(
     """
     s, t = _finite(scale, "a BN scale"), _finite(bias, "a BN bias")
     reach = np.maximum(np.abs(np.asarray(acc_lo, np.int64)), np.abs(np.asarray(acc_hi, np.int64)))
+    if s.ndim != 1 or s.shape != t.shape or s.shape != reach.shape:
+        raise FormatError(f"a BN scale {s.shape}, bias {t.shape} and bounds {reach.shape} must be one value a channel")
     multiplier, offset, shift = (np.zeros(s.shape, np.int64) for _ in range(3))
     rounding = 0.0
     for c in range(s.size):
         for g in range(MAX_SHIFT, -1, -1):
-            real_a, real_b = np.rint(s[c] * 2.0 ** (grid.frac_bits + g)), np.rint(t[c] * 2.0 ** (grid.frac_bits + g))
+            with np.errstate(over="ignore"):  # infinity is refused below
+                real_a, real_b = np.rint(np.array([s[c], t[c]]) * 2.0 ** (grid.frac_bits + g))
             if g and abs(real_a) >= 2.0**15:
                 continue
             if abs(real_a) >= 2.0**31 or abs(real_b) >= 2.0**61 or abs(real_a) * float(reach[c]) >= 2.0**61:
@@ -288,16 +299,21 @@ def threshold_code(v_th: float, grid: Grid, *, inclusive: bool = False) -> int:
 
 
 def soft_reset_code(v_th: float, grid: Grid) -> int:
-    """What a soft reset subtracts: rint(v_th * 2**f)."""
-    return int(np.rint(float(v_th) * grid.one))
+    """What a soft reset subtracts: rint(v_th * 2**f); raises FormatError if that is not in 1..2**30 - 1."""
+    code = float(np.rint(float(_finite(v_th, "v_th")) * grid.one))
+    if not 1.0 <= code < INT32_LIMIT / 2:
+        raise FormatError(f"v_th = {v_th!r} subtracts {code:.6g} steps of the grid, outside 1..{INT32_LIMIT // 2 - 1}")
+    return int(code)
 
 
 def pre_fire_code(v_th: float, alpha: float, bits: int, grid: Grid) -> int:
     """q_th of a neuron that quantizes before it fires: a spike is q > q_th = floor(v_th * delta / alpha).
 
-    raises  FormatError  if alpha <= v_th: such a neuron can never fire
+    raises  FormatError  if alpha <= v_th: such a neuron can never fire; or v_th is not above 0
     """
     scale = clamp_alpha(alpha, grid)
+    if not float(_finite(v_th, "v_th")) > 0.0:
+        raise FormatError(f"v_th = {v_th!r} is not above 0")
     if scale <= v_th:
         raise FormatError(
             f"alpha = {scale:.6g} is not above v_th = {v_th:.6g}: a pre_fire neuron could never fire. "
@@ -318,5 +334,14 @@ def shortcut_shift(bits: int, grid: Grid) -> int:
 
 
 def classifier_bias(bias: npt.ArrayLike, alpha: float, bits: int, summed: int) -> npt.NDArray[np.int64]:
-    """Bias of the readout in units of its codes: rint(bias * summed * delta / alpha), summed = T*H*W."""
-    return np.rint(_finite(bias, "a classifier's bias") * summed * delta(bits) / float(alpha)).astype(np.int64)
+    """Bias of the readout in units of its codes: rint(bias * summed * delta / alpha), summed = T*H*W.
+
+    raises  FormatError  for NaN or infinity, or a bias that 32 bits do not hold
+    """
+    with np.errstate(over="ignore"):
+        codes = np.rint(_finite(bias, "a classifier's bias") * summed * delta(bits) / float(alpha))
+    if np.any(np.abs(codes) >= INT32_LIMIT):
+        raise FormatError(
+            f"a classifier's bias of up to {np.abs(codes).max():.6g} units of its codes is beyond 32 bits"
+        )
+    return codes.astype(np.int64)

@@ -37,17 +37,33 @@ MAX_CHANNELS = 1 << 20
 MAX_SIDE = 4096
 MAX_ACTIVATIONS = 1 << 28
 """Largest C*H*W of any node for one sample and one step."""
+MAX_ROWS = 1 << 19
+"""Most outputs of all Conv, Linear and Readout nodes together. This and the next bound a loader's memory."""
+MAX_DENSE_ENTRIES = 1 << 24
+"""Most entries of all dense BN tables together: 64 MiB."""
 MAX_NAME = 200
+LOGITS = "logits"
+"""What traces and divergences call the readout's values; no LIF node may have this name."""
 _WIDE_LIMIT = 2**62
 
 
 def _freeze(array: npt.ArrayLike, dtype: Any) -> Array:
-    """A read-only, C-contiguous, native-endian copy of `array`, refused if a value does not survive `dtype`."""
-    given = np.asarray(array)
+    """A read-only, C-contiguous, native-endian copy of `array`, refused if a value does not survive `dtype`.
+
+    An array that is all this already, with nobody left to write to it, is taken as it is.
+    """
+    try:
+        given = np.asarray(array)
+    except (ValueError, TypeError) as fault:
+        raise NetworkError(f"no array: {fault}") from None
     if given.dtype.kind not in "iu":
         raise NetworkError(f"integers were expected, got {given.dtype}")
+    owner = given if given.base is None else given.base
+    sealed = type(owner) is np.ndarray and not owner.flags.writeable and not given.flags.writeable
+    if sealed and given.dtype == dtype and given.flags.c_contiguous and given.flags.aligned:
+        return given
     copy = np.array(given, dtype=dtype, order="C")
-    if not np.array_equal(copy, given):
+    if not np.can_cast(given.dtype, copy.dtype) and not np.array_equal(copy, given):
         raise NetworkError(f"a value in {int(given.min())}..{int(given.max())} does not fit {np.dtype(dtype)}")
     copy.setflags(write=False)
     return copy
@@ -320,6 +336,8 @@ class _Prover:
         self.channel_bounds: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         self.product_bits: dict[str, int] = {}
         self.membranes: dict[str, tuple[int, int]] = {}
+        self.rows = 0
+        self.entries = 0
 
     # -------------------------------------------------------------------------------------------- the walk
 
@@ -336,7 +354,7 @@ class _Prover:
             if isinstance(node, Readout) != (place == len(net.nodes) - 1):
                 self._fail(node, "the Readout must be the last node, and the only one")
             for source in node.inputs:
-                if source not in self.shapes:
+                if type(source) is not str or source not in self.shapes:
                     self._fail(node, f"reads {source!r}, which is no node before it")
                 used.add(source)
             try:
@@ -377,6 +395,8 @@ class _Prover:
 
     def _check_head(self) -> None:
         net, spec = self.network, self.network.input
+        if type(spec) is not InputSpec or type(net.grid) is not Grid:
+            raise NetworkError(f"input and grid must be InputSpec and Grid, got {type(spec)} and {type(net.grid)}")
         if not 2 <= len(net.nodes) <= MAX_NODES:
             raise NetworkError(f"{len(net.nodes)} nodes are outside 2..{MAX_NODES}")
         if type(net.timesteps) is not int or not 1 <= net.timesteps <= MAX_TIMESTEPS:
@@ -437,6 +457,9 @@ class _Prover:
             self._fail(node, f"its weight has shape {node.weight.shape}, which is empty")
         if int(node.weight.min()) < -top or int(node.weight.max()) > top:
             self._fail(node, f"a weight code is outside -{top}..{top} ({node.bits} bits)")
+        self.rows += node.weight.shape[0]
+        if self.rows > MAX_ROWS:
+            self._fail(node, f"its outputs bring those of all Conv, Linear and Readout to {self.rows}, over {MAX_ROWS}")
         return self._source(node, "codes", "spikes", "counts")
 
     def _accumulate(self, node: Conv | Linear, span: tuple[int, int]) -> tuple[int, int]:
@@ -482,16 +505,16 @@ class _Prover:
 
     def _bnaffine(self, node: BnAffine) -> tuple[str, tuple[int, int, int], tuple[int, int]]:
         shape, _ = self._source(node, "accumulators")
-        multiplier = [int(a) for a in self._shape(node, "multiplier", shape[:1])]
-        offset = [int(b) for b in self._shape(node, "offset", shape[:1])]
+        multiplier = self._shape(node, "multiplier", shape[:1]).astype(np.int64)
+        offset = self._shape(node, "offset", shape[:1])
         shift = self._shape(node, "shift", shape[:1])
         if int(shift.max()) > MAX_SHIFT:
             self._fail(node, f"a shift of {int(shift.max())} is over {MAX_SHIFT}")
         lo, hi = self.channel_bounds[node.source]
-        reach = max(
-            abs(a) * max(-int(low), int(high)) + abs(b)
-            for a, b, low, high in zip(multiplier, offset, lo, hi, strict=True)
-        )
+        if int(offset.min()) <= -_WIDE_LIMIT or int(offset.max()) >= _WIDE_LIMIT:
+            self._fail(node, "an offset is beyond 62 bits")
+        # |A| <= 2**31, |acc| < 2**31 and |B| < 2**62: the sum fits int64
+        reach = int((np.abs(multiplier) * np.maximum(-lo, hi) + np.abs(offset)).max())
         if reach >= _WIDE_LIMIT:
             self._fail(node, f"multiplier * accumulator + offset reaches {reach}, beyond 62 bits")
         self.product_bits[node.name] = 32 if reach < INT32_LIMIT else 64
@@ -502,15 +525,19 @@ class _Prover:
         shape, _ = self._source(node, "accumulators")
         lo, hi = self.channel_bounds[node.source]
         sizes = hi - lo + 1
+        self.entries += int(sizes.sum())
+        if self.entries > MAX_DENSE_ENTRIES:
+            self._fail(
+                node, f"its table brings dense entries to {self.entries}, over {MAX_DENSE_ENTRIES}; use BnAffine"
+            )
         table = self._shape(node, "table", (int(sizes.sum()),))
         c = self.network.grid.saturation
         if int(table.min()) < -c or int(table.max()) > c:
             self._fail(node, f"a table entry is outside -{c}..{c}")
-        steps = np.diff(table.astype(np.int64))
         ends = np.cumsum(sizes)
         for channel, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
-            row = steps[start : end - 1]
-            if np.any(row > 0) and np.any(row < 0):
+            row = table[start:end]
+            if np.any(row[1:] > row[:-1]) and np.any(row[1:] < row[:-1]):
                 self._fail(node, f"its table is not monotone in channel {channel}")
         return "stream", shape, (-c, c)
 
@@ -535,6 +562,8 @@ class _Prover:
 
     def _lif(self, node: Lif) -> tuple[str, tuple[int, int, int], tuple[int, int]]:
         shape, (lo, hi) = self._source(node, "stream")
+        if node.name == LOGITS:
+            self._fail(node, "a LIF node cannot have this name: traces call the readout's values so")
         top = delta(node.bits)
         decode = self._shape(node, "decode", (2 * top + 1,))
         thresholds = self._shape(node, "thresholds", (2 * top,))
@@ -576,6 +605,8 @@ class _Prover:
         stride = self._integer(node, "stride", 1, MAX_SIDE)
         padding = self._integer(node, "padding", 0, min(kh, kw) // 2)
         out = self._window(node, height, kh, stride, padding), self._window(node, width, kw, stride, padding)
+        if hi * kh * kw >= INT32_LIMIT:
+            self._fail(node, f"its counts reach {hi * kh * kw}, beyond 32 bits")
         return "counts", (c, *out), (0, hi * kh * kw)
 
     def _flatten(self, node: Flatten) -> tuple[str, tuple[int, int, int], tuple[int, int]]:
