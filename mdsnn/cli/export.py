@@ -86,7 +86,7 @@ def lower_checkpoint(path: str, *, bn_table: str = "auto", bn_budget: int = 6553
     checkpoint = checkpoints.load(path)
     model = freezing.freeze(checkpoints.build_model(checkpoint))
     network: IntegerNetwork = lowering.lower(
-        model, bn_table=bn_table, bn_budget=bn_budget, labels=tuple(checkpoint.labels)
+        model, bn_table=bn_table, bn_budget=bn_budget, labels=tuple(checkpoint.document["labels"])
     )
     return network
 

@@ -49,8 +49,8 @@ def command(
 ) -> None:
     """Run ARTIFACT in every executor on real data and compare every h, s, q and logit.
 
-    Exit code 0 if all agree, 1 if anything differs or an executor failed: then the first divergence (layer, step, index,
-    both values) is named, and saved with a script that reproduces it. Without torch or a checkpoint, choose:
+    Exit code 0 if all agree, 1 if anything differs or an executor failed: then the first divergence (layer, step,
+    index, both values) is named, and saved with a script that reproduces it. Without torch or a checkpoint, choose:
     mdsnn verify builtin:digits --data builtin:digits --executors reference,native
     """
     check_outputs([json_file], force=force)
@@ -64,11 +64,10 @@ def command(
         executors=tuple(executors.split(",")),
         batch_size=batch_size,
         save_dir=save_dir,
-        force=force,
     )
     if not write_json(document, json_file, force=force):
         show(document)
-    if not document["agrees"]:
+    if not document["agrees"] or document["constants"]:
         raise SystemExit(1)
 
 
@@ -98,7 +97,7 @@ def torch_executor(checkpoint: str, *, logits_only: bool = False) -> Callable[[A
 def make_executors(
     network: IntegerNetwork, names: tuple[str, ...], checkpoint: str | None, onnx: str | None
 ) -> dict[str, Executor]:
-    """The executors by name, in order. Raises MissingError for one that is not there, ConfigError for an unknown one."""
+    """The executors by name, in order. Raises MissingError if one is not there, ConfigError if it is unknown."""
     from mdsnn.export.verify import kernel_executor
     from mdsnn.kernels.engine import KERNELS
     from mdsnn.kernels.errors import ConfigError, InputError
@@ -146,12 +145,11 @@ def check(
     executors: tuple[str, ...] = EXECUTORS,
     batch_size: int = 50,
     save_dir: str = ".",
-    force: bool = False,
     tick: Tick | None = None,
 ) -> dict[str, Any]:
     """Verify an artifact (schema mdsnn.verify/1, with accuracies where the data has labels)."""
     from mdsnn.export import artifact
-    from mdsnn.export.verify import compare_constants, save_divergence, verify
+    from mdsnn.export.verify import compare_constants, match_bn_forms, save_divergence, verify
 
     network = artifact.load(path)
     made = make_executors(network, executors, checkpoint, onnx)
@@ -167,12 +165,11 @@ def check(
     if checkpoint is not None:
         from .export import lower_checkpoint
 
-        forms = "dense" if any(type(node).__name__ == "BnDense" for node in network.nodes) else "affine"
-        fresh = lower_checkpoint(checkpoint, bn_table="auto" if forms == "dense" else "affine")
+        fresh = match_bn_forms(lower_checkpoint(checkpoint, bn_table="affine"), network)
         document["constants"] = [str(found) for found in compare_constants(network, fresh)]
     if outcome.first is not None:
         document["divergence"] = str(outcome.first)
-        record, script = save_divergence(outcome.first, pixels, path, save_dir, force=force)
+        record, script = save_divergence(outcome.first, pixels, path, save_dir)
         document["saved"] = [str(record), str(script)]
     return document
 

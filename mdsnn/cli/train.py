@@ -1,0 +1,146 @@
+"""`mdsnn train`: teachers, quantized students and distilled students."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from .options import JsonCommand, extra, force_option, json_option, write_json
+from .terminal import progress, say, table
+
+
+def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+        raise click.BadParameter(f"{text!r} is no list of whole numbers such as 2,2,2,2")
+    return tuple(int(part) for part in parts)
+
+
+@click.command(
+    cls=JsonCommand,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --save_path is --save-path
+)
+@click.option(
+    "--paper-setting",
+    type=click.Choice(["original", "student", "qamd"]),
+    default="original",
+    show_default=True,
+    help="original: the full-precision teacher; student: quantized alone; qamd: distilled from --teacher-path.",
+)
+@click.option("--data", default="digits", show_default=True, help="The data set: digits, imagefolder.")
+@click.option("--data-path", help="Where the data set lies (imagefolder: train/CLASS/*, test/CLASS/*).")
+@click.option("--teacher-path", help="The teacher's checkpoint, for qamd.")
+@click.option("--save-path", help="The run's folder. Default: runs/DATA-SETTING.")
+@click.option("--model", help="ms_resnet or vgg.")
+@click.option("--model-depth", "depth", type=int, help="18 or 34 (MS-ResNet); or give --blocks and --widths.")
+@click.option("--blocks", callback=_numbers, help="Blocks a group, such as 1,1,1.")
+@click.option("--widths", callback=_numbers, help="Channels a group, such as 16,32,64.")
+@click.option("--time-window", "timesteps", type=int, help="Timesteps T.")
+@click.option("--bits", type=int, help="Bits of weights and membranes, 2..8.")
+@click.option("--weight-bits", type=int, help="Bits of weights alone.")
+@click.option("--membrane-bits", type=int, help="Bits of membranes alone.")
+@click.option("--bn-bits", type=int, help="Bits of the BN parameters.")
+@click.option("--loss", help="CLK: cross-entropy + logits + membrane KL; CLM: MSE for KL; CL: no membranes.")
+@click.option("--distill", "taps", help="Where membranes are compared: conv, block or group.")
+@click.option("--epochs", type=int)
+@click.option("--batch-size", type=int)
+@click.option("--lr", type=float, help="Highest learning rate.")
+@click.option("--seed", type=int)
+@click.option("--threads", type=int, help="CPU threads; 0: as torch has them.")
+@click.option("--device", help="cpu or cuda.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field of the recipe; repeatable."
+)
+@click.option("--resume", is_flag=True, help="Go on where an earlier run of the same recipe stopped.")
+@json_option
+@force_option
+def command(
+    paper_setting: str,
+    data: str,
+    settings: tuple[str, ...],
+    resume: bool,
+    json_file: str | None,
+    force: bool,
+    **chosen: Any,
+) -> None:
+    """Train a network. What is not given comes from the data set's recipe (digits: about a minute on two cores).
+
+    \b
+    A teacher, then a W4/U4 student that it guides:
+      mdsnn train --data digits --save-path runs/teacher
+      mdsnn train --paper-setting qamd --bits 4 --teacher-path runs/teacher/model.ckpt --save-path runs/student
+
+    A run folder holds recipe.json, metrics.csv, last.ckpt (to resume from) and model.ckpt. Stop with Ctrl-C at any
+    time; --resume goes on exactly. The accuracy of a student is that of its frozen, integer forward.
+    """
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    changes.setdefault("save_path", f"runs/{data}-{paper_setting}")
+    changes.update(_settings(settings))
+    document = run(paper_setting, data, changes, resume=resume, force=force)
+    if not write_json(document, json_file, force=force):
+        show(document)
+
+
+def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE pairs; VALUE is JSON, or else a text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--set")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        found[key.replace("-", "_")] = tuple(parsed) if isinstance(parsed, list) else parsed
+    return found
+
+
+def run(
+    setting: str,
+    data: str,
+    changes: dict[str, Any],
+    *,
+    resume: bool = False,
+    force: bool = False,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Train as the recipe of `data` and `setting` with `changes` says (schema mdsnn.train/1)."""
+    training = extra("train", "mdsnn.train")
+    config = training.recipe(data, setting, **changes)
+    with progress(label or f"training {setting}") as tick:
+
+        def report(at: Any) -> None:
+            tick(at.epoch * at.steps + (0 if at.metrics else at.step), at.epochs * at.steps)
+
+        result = training.train(config, resume=resume, force=force, progress=report)
+    return {
+        "schema": "mdsnn.train/1",
+        "setting": setting,
+        "checkpoint": str(result.checkpoint),
+        "epochs": len(result.history),
+        "live_accuracy": result.live_accuracy,
+        "frozen_accuracy": result.frozen_accuracy,
+        "spike_rates": dict(result.spike_rates),
+        "seconds_per_step": result.seconds_per_step,
+        "recipe": {field.name: getattr(config, field.name) for field in fields(config)},
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print accuracies and spike rates."""
+    rows = [[name, f"{100 * rate:.2f}%"] for name, rate in document["spike_rates"].items()]
+    table(["LIF layer", "neuron-steps that fire"], rows)
+    frozen = document["frozen_accuracy"]
+    if frozen is None:
+        click.echo(f"test accuracy {100 * document['live_accuracy']:.2f} % (full precision)")
+    else:
+        click.echo(
+            f"test accuracy {100 * frozen:.2f} % (frozen, integer); live {100 * document['live_accuracy']:.2f} %"
+        )
+    say(f"wrote {document['checkpoint']}")
