@@ -511,7 +511,7 @@ class LIF(Layer):
             detach_reset,
         )
         self.spike = surrogates.surrogate(surrogate)
-        if alpha == "learned":
+        if alpha == "learned" and self.bits != FULL_PRECISION:
             self.alpha = nn.Parameter(torch.ones(()))
         else:
             self.register_buffer("alpha", torch.ones(()))

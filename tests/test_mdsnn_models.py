@@ -1,0 +1,133 @@
+"""MS-ResNet and VGG of any depth and width build, run, train, and are rebuilt by their config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mdsnn.kernels.errors import ConfigError, FormatError
+from mdsnn.layers import LIF, QuantBatchNorm2d, QuantConv2d, Readout, ShortcutQuant, taps
+from mdsnn.models import MODELS, build, ms_resnet, ms_resnet18, ms_resnet34, vgg
+
+STUDENT = {"weight_bits": 4, "membrane_bits": 4, "bn_bits": 8}
+
+
+def pixels(n, c, size, seed=0):
+    return torch.randint(0, 256, (n, c, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def names(model, where):
+    paths = {module: name for name, module in model.named_modules()}
+    return [paths[lif] for lif in taps(model, where)]
+
+
+@pytest.mark.parametrize("options", [{}, STUDENT], ids=["teacher", "student"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: ms_resnet((1,), (4,), size=8, **o),
+        lambda o: ms_resnet((1, 2, 1), (4, 4, 6), size=8, **o),
+        lambda o: ms_resnet((2, 1), (3, 8), size=9, stem="imagenet", reset="soft", surrogate="rectangle", **o),
+        lambda o: vgg((1, 2), (4, 6), hidden=8, size=8, **o),
+        lambda o: vgg((1,), (4,), hidden=8, size=8, quantize="pre_fire", alpha="learned", **o),
+    ],
+)
+def test_it_runs_and_every_parameter_gets_a_gradient(make, options):
+    model = make({"generator": torch.Generator().manual_seed(0), "classes": 7, **options})
+    x = pixels(8, 3, model.config["size"][0])
+    model(x)  # the first batch sets every alpha
+    logits = model(x)
+    assert logits.shape == (8, 7)
+    torch.nn.functional.cross_entropy(logits, torch.arange(8) % 7).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("coding", ["image", "events"])
+def test_config_rebuilds_the_model_from_json(coding):
+    model = ms_resnet((1, 1), (4, 6), in_channels=2, size=(8, 10), coding=coding, width=0.7, **STUDENT)
+    again = build(json.loads(json.dumps(model.config)))
+    assert again.config == model.config
+    again.load_state_dict(model.state_dict())
+    x = torch.randint(0, 256, (4, 3, 2, 8, 10) if coding == "events" else (3, 2, 8, 10), dtype=torch.uint8)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+    assert str(again) == str(model)
+
+
+def test_vgg_is_rebuilt_too():
+    model = vgg((1,), (4,), hidden=5, in_channels=1, size=8, **STUDENT)
+    assert build(json.loads(json.dumps(model.config))).config == model.config
+
+
+@pytest.mark.parametrize(("make", "blocks"), [(ms_resnet18, [2, 2, 2, 2]), (ms_resnet34, [3, 4, 6, 3])])
+def test_the_paper_networks(make, blocks):
+    with torch.device("meta"):
+        convs = sum(blocks) * 2 + 1
+        model = make(weight_bits=4, membrane_bits=4, bn_bits=8, mean=(0.5,) * 3)
+    assert [len(group) for group in model.groups] == blocks
+    layers = [m for m in model.modules() if isinstance(m, QuantConv2d)]
+    assert len(layers) == convs + 3  # three groups change the shape
+    assert len([m for m in model.modules() if isinstance(m, LIF)]) == convs
+    assert names(model, "group") == ["groups.1.0.lif1", "groups.2.0.lif1", "groups.3.0.lif1", "lif"]
+    assert len(taps(model, "block")) == sum(blocks)
+    assert len(taps(model, "conv")) == convs
+
+
+def test_taps_are_the_same_places_in_teacher_and_student():
+    for where in ("conv", "block", "group"):
+        assert names(ms_resnet((1, 1), (4, 6)), where) == names(ms_resnet((1, 1), (4, 6), **STUDENT), where)
+        assert names(vgg(), where) == names(vgg(**STUDENT), where)
+
+
+def test_a_student_starts_from_its_teachers_weights():
+    teacher, student = ms_resnet((1, 1), (4, 6)), ms_resnet((1, 1), (4, 6), **STUDENT)
+    student.load_state_dict(teacher.state_dict())
+    assert torch.equal(student.stem.weight, teacher.stem.weight)
+
+
+def test_bits_go_where_they_belong():
+    model = ms_resnet((1, 1), (4, 6), weight_bits=3, membrane_bits=5, bn_bits=7, stem_bits=6, shortcut_bits=4)
+    convs = {n: m.weight_bits for n, m in model.named_modules() if isinstance(m, QuantConv2d)}
+    assert convs.pop("stem") == 6
+    assert set(convs.values()) == {3}
+    kinds = {LIF: 5, QuantBatchNorm2d: 7, ShortcutQuant: 4}
+    for kind, bits in kinds.items():
+        assert {m.bits for m in model.modules() if isinstance(m, kind)} == {bits}
+    assert model.readout.weight_bits == 6
+    teacher = ms_resnet((1, 1), (4, 6))
+    for module in teacher.modules():
+        for key in ("bits", "weight_bits"):
+            assert getattr(module, key, 32) == 32
+        assert getattr(module, "output_grid", None) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "fault", "message"),
+    [
+        (lambda: ms_resnet((1, 1), (4,)), ConfigError, r"widths = \[4\] must be 2 whole numbers"),
+        (lambda: ms_resnet((0, 1), (4, 4)), ConfigError, r"blocks = \[0, 1\]"),
+        (lambda: ms_resnet((), ()), ConfigError, r"blocks = \[\]"),
+        (lambda: ms_resnet(stem="patch"), ConfigError, "'patch' is not one of cifar, imagenet"),
+        (lambda: ms_resnet(coding="rate"), ConfigError, "'rate' is not one of image, events"),
+        (lambda: ms_resnet(bits=4), ConfigError, "unknown model options: bits; known: classes"),
+        (lambda: ms_resnet(surrogate="atan"), ConfigError, "'atan' is not one of"),
+        (lambda: ms_resnet(classes=0), ConfigError, "classes = 0"),
+        (lambda: ms_resnet(weight_bits=9), FormatError, r"weight_bits = 9 is outside 2\.\.8"),
+        (lambda: ms_resnet(membrane_bits=1), FormatError, r"membrane bits = 1 is outside 2\.\.8"),
+        (lambda: ms_resnet(grid={"frac_bits": 4}), FormatError, r"frac_bits = 4 is outside"),
+        (lambda: vgg((1, 1, 1), (4, 4, 4), size=4), ConfigError, "cannot be halved 3 times"),
+        (lambda: build({"model": "resnet"}), ConfigError, "'resnet' is not one of ms_resnet, vgg"),
+        (lambda: build({}), ConfigError, "None is not one of"),
+    ],
+)
+def test_options_outside_their_range_are_refused(make, fault, message):
+    with pytest.raises(fault, match=message):
+        make()
+
+
+def test_the_readout_is_last_in_every_model():
+    for make in MODELS.values():
+        assert isinstance(list(make().modules())[-1], Readout)
