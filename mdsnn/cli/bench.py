@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from mdsnn.kernels.network import IntegerNetwork
 
+ONNX_FLOAT = "onnx-float"
+"""ONNX Runtime again, with float32 carriers, which are exact here and which it runs faster."""
+TIMED = (*EXECUTORS, ONNX_FLOAT)
+
 Runner = Callable[["npt.NDArray[np.uint8]"], "npt.NDArray[np.int32]"]
 
 
@@ -104,16 +108,18 @@ def prepare(
     from mdsnn.kernels.errors import ConfigError, MdsnnError, MissingError
 
     for name in names or ():
-        if name not in EXECUTORS:
-            raise ConfigError(f"executor {name!r} is none of {', '.join(EXECUTORS)}")
+        if name not in TIMED:
+            raise ConfigError(f"executor {name!r} is none of {', '.join(TIMED)}")
 
     def make(name: str) -> Runner:
         if name in engine.KERNELS:
             runner = Engine(network, name, threads)
             return lambda pixels: runner.run(pixels).logits
-        if name == "onnx":
-            onnx = extra("train", "mdsnn.export.onnx").OnnxExecutor(network, threads=threads, trace=False)
-            return lambda pixels: onnx.logits(pixels)  # type: ignore[no-any-return]
+        if name in ("onnx", ONNX_FLOAT):
+            module = extra("train", "mdsnn.export.onnx")
+            model = module.to_onnx(network, carrier="int" if name == "onnx" else "float")
+            logits: Runner = module.OnnxExecutor(model, threads=threads).logits
+            return logits
         if checkpoint is None:
             raise MissingError("executor 'torch' needs --checkpoint")
         from .verify import torch_executor
@@ -124,7 +130,7 @@ def prepare(
 
     runners: dict[str, Runner] = {}
     left_out: dict[str, str] = {}
-    for name in names or EXECUTORS:
+    for name in names or TIMED:
         try:
             runners[name] = make(name)
         except MdsnnError as fault:

@@ -122,7 +122,7 @@ def _fill(out: Path, seed: int, say_line: Callable[[str], None]) -> dict[str, An
         "Comparing every membrane, spike, code and logit of the 450 test images in"
         f" {len(EXECUTORS)} executors  [mdsnn verify]",
     ):
-        verified = verify.check(str(model), checkpoint=checkpoint, data=DATA, save_dir=str(out))
+        verified = verify.check(str(model), checkpoint=checkpoint, onnx=str(onnx), data=DATA, save_dir=str(out))
         say_line(f"{verified['compared']} integers compared, {verified['differing']} differ")
     with steps.step("bench", "Timing the executors, equal logits checked first  [mdsnn bench]"):
         speed = bench.measure(str(model), checkpoint=checkpoint, data=DATA, threads=1)

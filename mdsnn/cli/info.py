@@ -12,9 +12,10 @@ from .terminal import human_bytes, table
 
 @click.command(cls=JsonCommand)
 @click.argument("artifact", metavar="ARTIFACT")
+@click.option("--notes", is_flag=True, help="Also show the notes: the real scales behind the integers, and more.")
 @json_option
 @force_option
-def command(artifact: str, json_file: str | None, force: bool) -> None:
+def command(artifact: str, notes: bool, json_file: str | None, force: bool) -> None:
     """Show the graph, bits, tables, bounds and bytes of ARTIFACT (a file, or builtin:digits).
 
     Everything shown was recomputed from the codes while loading. Example: mdsnn info builtin:digits
@@ -39,7 +40,7 @@ def command(artifact: str, json_file: str | None, force: bool) -> None:
         f"weights {human_bytes(head['weight_bytes'])}, tables and constants {human_bytes(head['table_bytes'])},"
         f" the same weights in float32 {human_bytes(head['float_bytes'])}"
     )
-    for key, value in document["notes"].items():
+    for key, value in document["notes"].items() if notes else ():
         click.echo(f"note  {key}: {value}")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(cls=JsonCommand)
 @click.argument("artifact", metavar="ARTIFACT")
 @click.option("--checkpoint", help="The student the artifact was exported from; the executor 'torch' runs it, frozen.")
-@click.option("--onnx", help="Run this ONNX file instead of one made from the artifact on the fly.")
+@click.option("--onnx", help="Check this ONNX file: its logits, and its h, s and q if it has these outputs.")
 @click.option(
     "--data", default="digits", show_default=True, help="digits, imagefolder, builtin:digits, or an .npy file."
 )
@@ -123,15 +123,21 @@ def make_executors(
 
 
 def _onnx_executor(network: IntegerNetwork, path: str | None) -> Executor:
-    module = extra("train", "mdsnn.export.onnx")
-    if path is None:
-        run: Executor = module.OnnxExecutor(network).run
-        return run
-    from mdsnn.kernels.files import read_bounded
+    """ONNX Runtime on a model with trace outputs, made from the artifact; with `path`, its logits are that file's."""
+    from mdsnn.kernels.engine import Trace
 
-    content = read_bounded(path, module.MAX_MODEL, what="ONNX model")
-    run = module.OnnxExecutor(module.with_trace(network, content, path)).run
-    return run
+    module = extra("train", "mdsnn.export.onnx")
+    traced = module.OnnxExecutor(network)
+    run: Executor = traced.run
+    if path is None:
+        return run
+    file = module.OnnxExecutor(module.load_onnx(path))
+
+    def execute(pixels: Any) -> Trace:
+        trace: Trace = file.run(pixels)
+        return trace if trace.lifs else Trace(traced.run(pixels).lifs, trace.logits)
+
+    return execute
 
 
 def check(
