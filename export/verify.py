@@ -180,18 +180,16 @@ def _misfit(network: IntegerNetwork, got: object, samples: int) -> str | None:
     names = [lif.name for lif in network.lifs]
     if sorted(got.lifs) != sorted(names):
         return f"its layers differ from the network's: {', '.join(sorted(set(got.lifs) ^ set(names))[:4])}"
-    due: list[tuple[str, object, type, tuple[int, ...]]] = [
-        ("logits", got.logits, np.int32, (samples, network.classes))
-    ]
+    due: list[tuple[str, object, str, tuple[int, ...]]] = [("logits", got.logits, "int32", (samples, network.classes))]
     for name in names:
-        shape = (network.timesteps, samples, *network.proof.shapes[name])
-        for quantity, dtype in (("h", np.int32), ("s", np.uint8), ("q", np.int8)):
-            due.append((f"{quantity} of {name!r}", getattr(got.lifs[name], quantity), dtype, shape))
+        full = (network.timesteps, samples, *network.proof.shapes[name])
+        for quantity, form in (("h", "int32"), ("s", "uint8"), ("q", "int8")):
+            due.append((f"{quantity} of {name!r}", getattr(got.lifs[name], quantity), form, full))
     for what, array, dtype, shape in due:
         if not isinstance(array, np.ndarray):
             return f"{what} is a {type(array).__name__}, where an array is needed"
         if array.shape != shape or array.dtype != dtype:
-            return f"{what} is {array.dtype} {array.shape}, where {np.dtype(dtype)} {shape} is needed"
+            return f"{what} is {array.dtype} {array.shape}, where {dtype} {shape} is needed"
     return None
 
 
@@ -251,10 +249,9 @@ def verify(
                 continue
             try:
                 got = execute(part.copy())  # its own copy: whatever it does to it, the others see the same pixels
+                comparison.failure = _misfit(network, got, part.shape[axis])
             except Exception as fault:  # an executor of any kind may fail in any way; that is the finding
                 comparison.failure = f"{type(fault).__name__}: {fault}"
-                continue
-            comparison.failure = _misfit(network, got, part.shape[axis])
             if comparison.failure is not None:
                 continue
             if name == baseline:
