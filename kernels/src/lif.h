@@ -1,0 +1,181 @@
+/* lif.h: leaky integrate-and-fire on membrane codes, in integers.
+ *
+ *   h = x + decode[q + top];   s = h > v_th;   u = s ? (0 or h - v_soft) : h;   q = code(u)          (post_reset)
+ *   h = x + decode[q + top];   q = code(h);    s = q > q_th;   q = 0 where s                         (pre_fire)
+ *   code(u) = code_first + the number of thresholds that are <= u
+ *
+ * Definition: kernels/reference.py:lif_step. This file agrees with it bit for bit
+ * (tests/test_kernels_bit_exact.py); where the two differ, this file is wrong.
+ *
+ * All steps of a few neurons come before the next neurons, so that their membranes stay in registers. With few
+ * thresholds left (see native.py) a comparison each is cheaper than a search, and decode[q] is carried as a running sum
+ * of the table's increments; with many, each lane looks its code up in a dense table, or bisects where that table would
+ * be too large. Sums of vectors are unsigned: they wrap, and the proof says that the result fits.
+ */
+
+#define LANES ((int)(VECTOR_BYTES / sizeof(STREAM)))
+
+typedef STREAM STREAM_NAME(vec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef USTREAM STREAM_NAME(uvec) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int8_t STREAM_NAME(bytes) __attribute__((vector_size(VECTOR_BYTES / sizeof(STREAM))));
+
+typedef struct STREAM_NAME(lif_constants) {
+    STREAM_NAME(vec) threshold[MDSNN_MAX_COMPARED];
+    STREAM_NAME(uvec) increment[MDSNN_MAX_COMPARED]; /* of decode, from one code to the next */
+    STREAM_NAME(vec) v_th, v_soft, q_th, code_first, decode_first, decode_zero;
+} STREAM_NAME(lif_constants);
+
+static inline STREAM_NAME(vec) STREAM_NAME(splat)(int32_t value)
+{
+    STREAM_NAME(vec) v = {0};
+    return v + (STREAM)value;
+}
+
+/* Code of one u by table or bisection. */
+static inline int32_t STREAM_NAME(lif_code)(const mdsnn_op *op, int32_t u)
+{
+    if (op->search == MDSNN_TABLE) {
+        int32_t i = u - op->code_base;
+        i = i < 0 ? 0 : i;
+        return op->code[i < op->code_count ? i : op->code_count - 1];
+    }
+    int32_t from = 0, to = op->thresholds; /* thresholds before `from` are <= u, those from `to` on are not */
+    while (from < to) {
+        int32_t middle = (from + to) / 2;
+        if (op->threshold[middle] <= u)
+            from = middle + 1;
+        else
+            to = middle;
+    }
+    return op->code_first + from;
+}
+
+static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
+                                           STREAM_NAME(vec) u, STREAM_NAME(vec) *q, STREAM_NAME(vec) *decoded)
+{
+    if (op->search == MDSNN_COMPARE) {
+        STREAM_NAME(vec) code = k->code_first;
+        STREAM_NAME(uvec) sum = (STREAM_NAME(uvec))k->decode_first;
+        for (int j = 0; j < op->thresholds; j++) {
+            STREAM_NAME(vec) reached = (STREAM_NAME(vec))(u >= k->threshold[j]);
+            code -= reached;
+            sum += (STREAM_NAME(uvec))reached & k->increment[j];
+        }
+        *q = code;
+        *decoded = (STREAM_NAME(vec))sum;
+        return;
+    }
+    STREAM lane[LANES], next[LANES];
+    memcpy(lane, &u, sizeof lane);
+    for (int i = 0; i < LANES; i++) {
+        int32_t code = STREAM_NAME(lif_code)(op, lane[i]);
+        lane[i] = (STREAM)code;
+        next[i] = (STREAM)op->decode[code + op->top];
+    }
+    memcpy(q, lane, sizeof lane);
+    memcpy(decoded, next, sizeof next);
+}
+
+static void STREAM_NAME(lif_trace)(const frame *f, const mdsnn_op *op, ptrdiff_t plane, ptrdiff_t at, int channels,
+                                   int c, int lanes, int t, const STREAM *h, const int8_t *s, const int8_t *q)
+{
+    const mdsnn_call *call = f->call;
+    ptrdiff_t i = (((ptrdiff_t)(f->first_step + t) * call->samples + f->sample) * channels + c) * plane + at;
+    for (int lane = 0; lane < lanes; lane++, i += plane) {
+        call->trace_h[op->lif][i] = h[lane];
+        call->trace_s[op->lif][i] = (uint8_t)s[lane];
+        call->trace_q[op->lif][i] = q[lane];
+    }
+}
+
+/* All steps of the neurons c..c+lanes of one pixel. x and s are the pixel's first step, q its kept codes. */
+static inline void STREAM_NAME(lif_lanes)(const frame *f, const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
+                                          const STREAM *x, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_step, int8_t *q,
+                                          int c, int lanes, int channels, ptrdiff_t plane, ptrdiff_t at)
+{
+    STREAM_NAME(vec) code = {0}, decoded = k->decode_zero;
+    STREAM_NAME(bytes) narrow = {0};
+    if (!f->fresh) {
+        STREAM lane[LANES];
+        memcpy(&narrow, q + c, (size_t)lanes);
+        for (int i = 0; i < LANES; i++)
+            lane[i] = (STREAM)op->decode[narrow[i] + op->top];
+        memcpy(&decoded, lane, sizeof decoded);
+    }
+    for (int t = 0; t < f->steps; t++) {
+        STREAM_NAME(vec) h = {0}, fired, u;
+        memcpy(&h, x + t * x_step + c, (size_t)lanes * sizeof(STREAM));
+        h = (STREAM_NAME(vec))((STREAM_NAME(uvec))h + (STREAM_NAME(uvec))decoded);
+        if (op->pre_fire) {
+            STREAM_NAME(lif_search)(op, k, h, &code, &decoded);
+            fired = (STREAM_NAME(vec))(code > k->q_th);
+            code &= ~fired;
+            decoded = (decoded & ~fired) | (k->decode_zero & fired);
+        } else {
+            fired = (STREAM_NAME(vec))(h > k->v_th);
+            if (op->soft)
+                u = (STREAM_NAME(vec))((STREAM_NAME(uvec))h - (STREAM_NAME(uvec))(fired & k->v_soft));
+            else
+                u = h & ~fired;
+            STREAM_NAME(lif_search)(op, k, u, &code, &decoded);
+        }
+        narrow = __builtin_convertvector(fired, STREAM_NAME(bytes));
+        narrow = (STREAM_NAME(bytes))(narrow & 1);
+        memcpy(s + t * s_step + c, &narrow, (size_t)lanes);
+        if (f->call->trace_h) {
+            STREAM_NAME(bytes) codes = __builtin_convertvector(code, STREAM_NAME(bytes));
+            STREAM_NAME(lif_trace)(f, op, plane, at, channels, c, lanes, t, (const STREAM *)&h,
+                                   (const int8_t *)&narrow, (const int8_t *)&codes);
+        }
+    }
+    if (f->keep) {
+        narrow = __builtin_convertvector(code, STREAM_NAME(bytes));
+        memcpy(q + c, &narrow, (size_t)lanes);
+    }
+}
+
+static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constants) *k)
+{
+    k->v_th = STREAM_NAME(splat)(op->v_th);
+    k->v_soft = STREAM_NAME(splat)(op->v_soft);
+    k->q_th = STREAM_NAME(splat)(op->q_th);
+    k->code_first = STREAM_NAME(splat)(op->code_first);
+    k->decode_first = STREAM_NAME(splat)(op->decode[op->code_first + op->top]);
+    k->decode_zero = STREAM_NAME(splat)(op->decode[op->top]);
+    if (op->search == MDSNN_COMPARE)
+        for (int j = 0; j < op->thresholds; j++) {
+            const int32_t *decode = op->decode + op->top + op->code_first + j;
+            k->threshold[j] = STREAM_NAME(splat)(op->threshold[j]);
+            k->increment[j] = (STREAM_NAME(uvec))STREAM_NAME(splat)((int32_t)((uint32_t)decode[1] - (uint32_t)decode[0]));
+        }
+}
+
+/* The neurons of `pixels` pixels of one row. */
+static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
+                                 const STREAM *x, ptrdiff_t x_pixel, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_pixel,
+                                 ptrdiff_t s_step, int8_t *q, int pixels, int channels, ptrdiff_t plane, ptrdiff_t at)
+{
+    for (int p = 0; p < pixels; p++, x += x_pixel, s += s_pixel, q += channels, at++) {
+        int c = 0;
+        for (; c + LANES <= channels; c += LANES)
+            STREAM_NAME(lif_lanes)(f, op, k, x, x_step, s, s_step, q, c, LANES, channels, plane, at);
+        if (c < channels)
+            STREAM_NAME(lif_lanes)(f, op, k, x, x_step, s, s_step, q, c, channels - c, channels, plane, at);
+    }
+}
+
+static void STREAM_NAME(lif)(const frame *f, const mdsnn_op *op)
+{
+    view in = view_of(f, op->source), out = view_of(f, op->out);
+    STREAM_NAME(lif_constants) k;
+    STREAM_NAME(lif_prepare)(op, &k);
+    ptrdiff_t plane = (ptrdiff_t)out.height * out.width;
+    for (int y = 0; y < out.height; y++) {
+        ptrdiff_t at = (ptrdiff_t)y * out.width;
+        STREAM_NAME(lif_row)(f, op, &k, (const STREAM *)in.at + y * in.row, in.pixel, in.step,
+                             out.at + y * out.row, out.pixel, out.step,
+                             (int8_t *)f->state + op->state + at * out.channels, out.width, out.channels, plane, at);
+    }
+}
+
+#undef LANES

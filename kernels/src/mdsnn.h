@@ -1,0 +1,120 @@
+/* mdsnn.h: the contract between Python and C. cffi reads these declarations, so each stands once.
+ *
+ * A plan is a network made ready to run: which operation comes when, where each value lies, weights in the order the
+ * kernels want. kernels/native.py builds plans from proven IntegerNetworks only (kernels/network.py), so the C code
+ * checks no shape, index or range again: the proof says that no sum, product or table index leaves its type.
+ *
+ * A value lies as [y][x][t][c]: a pixel holds its steps, a step its channels. `t` is the step inside one call; a value
+ * that is the same at every step is kept once. Nothing here allocates; everything a call writes is in mdsnn_call.
+ */
+#ifndef MDSNN_H
+#define MDSNN_H
+
+#include <stdint.h>
+
+/* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
+enum mdsnn_version { MDSNN_CONTRACT = 1 };
+
+enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
+
+enum mdsnn_place { MDSNN_SCRATCH, MDSNN_STATE };
+
+enum mdsnn_kind {
+    MDSNN_INPUT,     /* pixels to codes */
+    MDSNN_CONV,      /* any convolution or linear layer, to accumulators */
+    MDSNN_BN_AFFINE, /* accumulators to the stream */
+    MDSNN_BN_DENSE,
+    MDSNN_ADD,
+    MDSNN_REQUANTIZE,
+    MDSNN_LIF,
+    MDSNN_MAX_POOL,
+    MDSNN_SUM_POOL,
+    MDSNN_FLATTEN,
+    MDSNN_READOUT
+};
+
+enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
+
+enum mdsnn_isa { MDSNN_BASE, MDSNN_AVX2, MDSNN_AVX512, MDSNN_AMX };
+
+/* Where a value lies: `offset` bytes into the scratch or the state. */
+typedef struct mdsnn_value {
+    int64_t offset;
+    int32_t place;         /* enum mdsnn_place */
+    int32_t type;          /* enum mdsnn_type */
+    int32_t height, width; /* pixels */
+    int32_t channels;
+    int32_t pitch;         /* elements from one step of a pixel to the next, at least channels */
+    int32_t fixed;         /* 1: the same at every step, kept once */
+    int32_t counter;       /* row of mdsnn_call.counts that takes the number of its elements that are not 0, or -1 */
+} mdsnn_value;
+
+/* One operation. Fields a kind does not name are 0; values are indices into mdsnn_plan.values, -1 where absent. */
+typedef struct mdsnn_op {
+    int32_t kind;          /* enum mdsnn_kind */
+    int32_t source, other, out;
+    int32_t fixed;         /* 1: everything it reads is fixed, so it runs once a sample */
+    /* conv and pools: the window */
+    int32_t kernel_height, kernel_width, stride, padding, groups;
+    const int8_t *weight;  /* conv [group][ky][kx][in][out]; readout [class][in]; input table [channel][256] */
+    /* bn: affine y = clamp((multiplier*acc + offset) >> shift), dense y = table[start[c] + acc]; one entry a channel */
+    const int32_t *multiplier;
+    const int64_t *offset;
+    const uint8_t *shift;
+    const int32_t *table;  /* dense: the rows;  readout: the bias */
+    const int64_t *start;
+    int32_t wide;          /* 1: multiplier*acc + offset needs 64 bits */
+    int32_t saturation;
+    /* requantize: clip((x + 2**(bits_shift - 1)) >> bits_shift, -top, top) */
+    int32_t bits_shift, top;
+    /* lif; the thresholds that no reachable u lies on either side of are left out */
+    int32_t lif;           /* number of the LIF: which trace arrays are its own */
+    int32_t search;        /* enum mdsnn_search */
+    int32_t thresholds;    /* how many are left */
+    int32_t code_first;    /* code below the first one left */
+    const int32_t *threshold;
+    const int32_t *decode; /* entry q + top */
+    const int8_t *code;    /* search by table: code of u = code_base + index, index clamped to 0..code_count - 1 */
+    int32_t code_base, code_count;
+    int32_t v_th, v_soft, q_th;
+    int32_t pre_fire, soft;
+    int64_t state;         /* lif: bytes into the state, q [y][x][channels] int8;  readout: the sums, int32 */
+} mdsnn_op;
+
+typedef struct mdsnn_plan {
+    const mdsnn_op *ops;
+    const mdsnn_value *values;
+    int32_t op_count, value_count;
+    int32_t channels, height, width; /* of the pixels */
+    int32_t classes;
+    int32_t stream_type;   /* MDSNN_I16 or MDSNN_I32: the type of every stream value */
+    int32_t chunk;         /* most steps a pass over the operations takes; scratch is sized for it */
+    int32_t counters;
+    int64_t counted;       /* bytes into the state: counts of the fixed values, int64 [counters] */
+    int64_t state_bytes, scratch_bytes;
+} mdsnn_plan;
+
+/* One call: `steps` timesteps of `samples` samples. */
+typedef struct mdsnn_call {
+    const uint8_t *pixels; /* [samples][c][y][x], for each step if pixel_step is not 0 */
+    int64_t pixel_step;    /* bytes from one step's pixels to the next; 0: the same image at every step */
+    int32_t samples, steps;
+    int32_t fresh;         /* 1: q = 0 and sums = 0 before the first step */
+    int64_t state_pitch;   /* bytes from one sample's state to the next; 0: one state serves all, each fresh */
+    uint8_t *state;        /* 64-byte aligned, as is scratch */
+    uint8_t *scratch;
+    int32_t *logits;       /* [samples][classes] */
+    int64_t *counts;       /* [counters][steps], added to */
+    int32_t *const *trace_h; /* a pointer for each LIF, [steps][samples][c][y][x]; null: no trace */
+    uint8_t *const *trace_s;
+    int8_t *const *trace_q;
+} mdsnn_call;
+
+/* 1 if this machine and this build can run `isa`. */
+int mdsnn_supported(int isa);
+
+/* Run a call. `isa` must be supported. Re-entrant: the plan is read only. */
+void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call);
+
+
+#endif

@@ -1,0 +1,113 @@
+/* pool.h: max-pool and sum-pool, flatten, and the count of elements that are not 0.
+ *
+ * Definition: kernels/reference.py:max_pool, sum_pool; engine.py for flatten and the counts. This file agrees with
+ * them bit for bit (tests/test_kernels_bit_exact.py); where they differ, this file is wrong.
+ */
+
+static void NAME(max_pool)(const frame *f, const mdsnn_op *op)
+{
+    view in = view_of(f, op->source), out = view_of(f, op->out);
+    int steps = steps_of(f, op);
+    for (int y = 0; y < out.height; y++)
+        for (int x = 0; x < out.width; x++)
+            for (int t = 0; t < steps; t++) {
+                uint8_t *to = out.at + y * out.row + x * out.pixel + t * out.step;
+                memset(to, 0, (size_t)out.pitch);
+                for (int ky = 0; ky < op->kernel_height; ky++) {
+                    int64_t from_y = (int64_t)y * op->stride + ky - op->padding;
+                    if (from_y < 0 || from_y >= in.height)
+                        continue;
+                    for (int kx = 0; kx < op->kernel_width; kx++) {
+                        int64_t from_x = (int64_t)x * op->stride + kx - op->padding;
+                        if (from_x < 0 || from_x >= in.width)
+                            continue;
+                        const uint8_t *from = in.at + from_y * in.row + from_x * in.pixel + t * in.step;
+                        for (int c = 0; c < out.channels; c++)
+                            to[c] |= from[c];
+                    }
+                }
+            }
+}
+
+#define MDSNN_SUM_POOL(FROM, TO, FUNCTION)                                                                           \
+    static void NAME(FUNCTION)(const frame *f, const mdsnn_op *op)                                                   \
+    {                                                                                                                \
+        view in = view_of(f, op->source), out = view_of(f, op->out);                                                 \
+        int steps = steps_of(f, op);                                                                                 \
+        for (int y = 0; y < out.height; y++)                                                                         \
+            for (int x = 0; x < out.width; x++)                                                                      \
+                for (int t = 0; t < steps; t++) {                                                                    \
+                    TO *to = (TO *)out.at + y * out.row + x * out.pixel + t * out.step;                              \
+                    memset(to, 0, sizeof *to * (size_t)out.channels);                                                \
+                    for (int ky = 0; ky < op->kernel_height; ky++) {                                                 \
+                        int64_t from_y = (int64_t)y * op->stride + ky - op->padding;                                 \
+                        if (from_y < 0 || from_y >= in.height)                                                       \
+                            continue;                                                                                \
+                        for (int kx = 0; kx < op->kernel_width; kx++) {                                              \
+                            int64_t from_x = (int64_t)x * op->stride + kx - op->padding;                             \
+                            if (from_x < 0 || from_x >= in.width)                                                    \
+                                continue;                                                                            \
+                            const FROM *from =                                                                       \
+                                (const FROM *)in.at + from_y * in.row + from_x * in.pixel + t * in.step;             \
+                            for (int c = 0; c < out.channels; c++)                                                   \
+                                to[c] = (TO)(to[c] + from[c]);                                                       \
+                        }                                                                                            \
+                    }                                                                                                \
+                }                                                                                                    \
+    }
+
+MDSNN_SUM_POOL(int8_t, int8_t, sum_pool_8_8)
+MDSNN_SUM_POOL(int8_t, int32_t, sum_pool_8_32)
+MDSNN_SUM_POOL(int32_t, int32_t, sum_pool_32_32)
+
+#undef MDSNN_SUM_POOL
+
+static void NAME(sum_pool)(const frame *f, const mdsnn_op *op)
+{
+    int from = f->plan->values[op->source].type, to = f->plan->values[op->out].type;
+    if (from == MDSNN_I32)
+        NAME(sum_pool_32_32)(f, op);
+    else if (to == MDSNN_I32)
+        NAME(sum_pool_8_32)(f, op);
+    else
+        NAME(sum_pool_8_8)(f, op);
+}
+
+static size_t NAME(size_of)(int type) { return (size_t)1 << type; }
+
+static void NAME(flatten)(const frame *f, const mdsnn_op *op)
+{
+    view in = view_of(f, op->source), out = view_of(f, op->out);
+    int steps = steps_of(f, op);
+    size_t size = NAME(size_of)(in.type);
+    ptrdiff_t plane = (ptrdiff_t)in.height * in.width;
+    for (int y = 0; y < in.height; y++)
+        for (int x = 0; x < in.width; x++)
+            for (int t = 0; t < steps; t++) {
+                const uint8_t *from = in.at + (size_t)(y * in.row + x * in.pixel + t * in.step) * size;
+                uint8_t *to = out.at + (size_t)(t * out.step + (ptrdiff_t)y * in.width + x) * size;
+                for (int c = 0; c < in.channels; c++)
+                    memcpy(to + (size_t)(c * plane) * size, from + (size_t)c * size, size);
+            }
+}
+
+/* Adds the count of each step to `counts`; a fixed value has one. */
+static void NAME(count)(const frame *f, int index, int64_t *counts)
+{
+    view v = view_of(f, index);
+    int steps = v.step ? f->steps : 1;
+    size_t size = NAME(size_of)(v.type);
+    for (int y = 0; y < v.height; y++)
+        for (int x = 0; x < v.width; x++)
+            for (int t = 0; t < steps; t++) {
+                const uint8_t *from = v.at + (size_t)(y * v.row + x * v.pixel + t * v.step) * size;
+                int64_t there = 0;
+                if (size == 1)
+                    for (int c = 0; c < v.channels; c++)
+                        there += from[c] != 0;
+                else
+                    for (int c = 0; c < v.channels; c++)
+                        there += ((const int32_t *)from)[c] != 0;
+                counts[t] += there;
+            }
+}

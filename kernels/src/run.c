@@ -1,0 +1,52 @@
+/* run.c: what Python calls. Picks the instruction set, and cuts a call into passes of one sample and some steps. */
+
+#include "view.h"
+
+void mdsnn_pass_base(const frame *f);
+#if defined(__x86_64__)
+void mdsnn_pass_avx2(const frame *f);
+void mdsnn_pass_avx512(const frame *f);
+#endif
+
+int mdsnn_supported(int isa)
+{
+    if (isa == MDSNN_BASE)
+        return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (isa == MDSNN_AVX2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+               __builtin_cpu_supports("lzcnt") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma");
+    if (isa == MDSNN_AVX512)
+        return mdsnn_supported(MDSNN_AVX2) && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+#endif
+    return 0;
+}
+
+void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call)
+{
+    void (*pass)(const frame *) = mdsnn_pass_base;
+#if defined(__x86_64__)
+    if (isa == MDSNN_AVX2)
+        pass = mdsnn_pass_avx2;
+    else if (isa == MDSNN_AVX512)
+        pass = mdsnn_pass_avx512;
+#else
+    (void)isa;
+#endif
+    for (int sample = 0; sample < call->samples; sample++)
+        for (int first = 0; first < call->steps; first += plan->chunk) {
+            frame f;
+            f.plan = plan;
+            f.call = call;
+            f.state = call->state + sample * call->state_pitch;
+            f.sample = sample;
+            f.first_step = first;
+            f.steps = call->steps - first < plan->chunk ? call->steps - first : plan->chunk;
+            f.fresh = call->fresh && first == 0;
+            f.keep = call->state_pitch != 0 || first + f.steps < call->steps;
+            pass(&f);
+        }
+}

@@ -1,0 +1,54 @@
+/* view.h: how kernels address a value, and the small things every family needs.
+ *
+ * Included once per instruction set (see kernels.h). `>>` of a negative integer is arithmetic on every compiler this
+ * builds with (gcc and clang define it so); the reference's `>>` floors, and this is the same.
+ */
+#ifndef MDSNN_VIEW_H
+#define MDSNN_VIEW_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "mdsnn.h"
+
+_Static_assert((-3 >> 1) == -2, "the shift of a negative integer must floor");
+
+/* A value at hand. Distances are in elements; `step` is 0 for a fixed value, so that it reads the same at every t. */
+typedef struct view {
+    uint8_t *at;
+    ptrdiff_t row, pixel, step;
+    int height, width, channels, pitch, type;
+} view;
+
+/* What one pass over the operations works on: one sample, `steps` of its steps. */
+typedef struct frame {
+    const mdsnn_plan *plan;
+    const mdsnn_call *call;
+    uint8_t *state;
+    int sample, first_step, steps;
+    int fresh; /* 1: nothing was run of this sample before */
+    int keep;  /* 1: the state is read again after this pass */
+} frame;
+
+static inline view view_of(const frame *f, int index)
+{
+    const mdsnn_value *v = &f->plan->values[index];
+    ptrdiff_t kept = v->fixed ? 1 : f->steps;
+    view w;
+    w.at = (v->place == MDSNN_STATE ? f->state : f->call->scratch) + v->offset;
+    w.pixel = kept * v->pitch;
+    w.row = w.pixel * v->width;
+    w.step = v->fixed ? 0 : v->pitch;
+    w.height = v->height;
+    w.width = v->width;
+    w.channels = v->channels;
+    w.pitch = v->pitch;
+    w.type = v->type;
+    return w;
+}
+
+/* Steps an operation computes: 1 where all it reads is fixed. */
+static inline int steps_of(const frame *f, const mdsnn_op *op) { return op->fixed ? 1 : f->steps; }
+
+#endif
