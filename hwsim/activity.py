@@ -43,7 +43,7 @@ class LayerActivity:
     """Counts of one weight layer, summed over the samples; S = steps of the layer.
 
     inputs   (S,)            input values that are not 0
-    rows     (C_in, kh, kw)  times the row of an input channel at a kernel position was driven, over all steps and planes
+    rows     (C_in, kh, kw)  times the row of a channel at a kernel position was driven, over all steps and planes
     visits   (S, tiles)      times a row tile (one crossbar's rows) had an active row; kernel-split: over all positions
     patches  (S, tiles)      times a row tile had an active row anywhere in the kernel window
     sites    (S,)            output positions with any active row
@@ -120,7 +120,9 @@ def count_windows(
     taps = [(ky, kx) for ky in range(kh) for kx in range(kw)]
 
     def view(array: Array, ky: int, kx: int) -> Array:
-        part: Array = array[..., ky : ky + stride * (height - 1) + 1 : stride, kx : kx + stride * (width - 1) + 1 : stride]
+        part: Array = array[
+            ..., ky : ky + stride * (height - 1) + 1 : stride, kx : kx + stride * (width - 1) + 1 : stride
+        ]
         return part
 
     driven = np.empty((layer.c_in, kh, kw), np.int64)
@@ -150,7 +152,8 @@ def count_windows(
 def _planes(values: Array, planes: int) -> npt.NDArray[np.bool_]:
     """Bit planes of integer values, two's complement, least significant first, joined along the first axis."""
     if planes == 1:
-        return values != 0
+        ones: npt.NDArray[np.bool_] = values != 0
+        return ones
     return np.concatenate([((values >> plane) & 1).astype(np.bool_) for plane in range(planes)])
 
 
@@ -178,12 +181,14 @@ class _Values:
     def _compute(self, name: str, t: int) -> Array:
         node = self.nodes[name]
         if isinstance(node, Lif):
-            return self.lifs[name].s[t]
+            spikes: Array = self.lifs[name].s[t]
+            return spikes
         if name in self.by_source:  # the stream a LIF reads is h less what it kept
             lif = self.by_source[name]
             trace = self.lifs[lif.name]
             q = trace.q[t - 1].astype(np.int64) if t else np.zeros(trace.q.shape[1:], np.int64)
-            return trace.h[t] - lif.decode[q + delta(lif.bits)].astype(np.int64)
+            stream: Array = trace.h[t] - lif.decode[q + delta(lif.bits)].astype(np.int64)
+            return stream
         frame = self.pixels if self.pixels.ndim == 4 else self.pixels[t]
         return self.backend.value(node, {source: self.at(source, t) for source in node.inputs}, frame)
 
@@ -308,7 +313,7 @@ def uniform(workload: Workload, density: float, *, rows: int = 64, scheme: str =
     p = float(density)
     layers: dict[str, LayerLoad] = {}
     for layer in workload.layers:
-        tile, used = row_tiles(layer, rows, scheme)
+        used = row_tiles(layer, rows, scheme)[1]
         signed = layer.low < 0
         value = (1.0 if signed and p > 0 else p) if layer.planes > 1 else p
         bit = value * 0.5 if layer.planes > 1 else value
@@ -427,18 +432,14 @@ def load_activity(path: str | Path, network: IntegerNetwork) -> Activity:
         for place, entry in enumerate(workload.populations)
     }
     most_in = {
-        op.name: samples * op.steps * op.values_in
-        for op in workload.stream_ops
-        if op.kind in ("maxpool", "sumpool")
+        op.name: samples * op.steps * op.values_in for op in workload.stream_ops if op.kind in ("maxpool", "sumpool")
     }
     pools = dict(head["pools"])
     if list(pools) != list(most_in) or any(not 0 <= pools[name] <= most for name, most in most_in.items()):
         raise InputError(f"{where}: its pool counts are not the network's, or out of range")
     if arrays:
         raise InputError(f"{where}: holds {len(arrays)} unknown members, the first {min(arrays)!r:.60}")
-    return Activity(
-        workload.digest, samples, workload.timesteps, rows, scheme, head["source"], layers, spikes, pools
-    )
+    return Activity(workload.digest, samples, workload.timesteps, rows, scheme, head["source"], layers, spikes, pools)
 
 
 def _read_npz(content: bytes, where: str) -> dict[str, Array]:
@@ -473,7 +474,9 @@ def _read_npy(raw: bytes, where: str) -> Array:
         raise InputError(f"{where}: .npy version {version} is not (1, 0)")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=4096)
     if dtype not in (np.dtype("<i8"), np.dtype("u1")) or fortran:
-        raise InputError(f"{where}: is {dtype}{' in Fortran order' if fortran else ''}; little-endian int64 was expected")
+        raise InputError(
+            f"{where}: is {dtype}{' in Fortran order' if fortran else ''}; little-endian int64 was expected"
+        )
     body = raw[stream.tell() :]
     count = 1
     for side in shape:

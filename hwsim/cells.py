@@ -7,8 +7,6 @@ its sign; the two columns are subtracted.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -60,7 +58,8 @@ def row_level_sums(weight: Array, bits: int, cell_bits: int, coding: str) -> npt
     returns  (...) int64: the sum over outputs and columns of a weight
     """
     if coding == "offset" and slice_count(bits, cell_bits, coding) == 1:  # the level is the code plus delta
-        return weight.sum(axis=0, dtype=np.int64) + delta(bits) * weight.shape[0]
+        sums: npt.NDArray[np.int64] = weight.sum(axis=0, dtype=np.int64) + delta(bits) * weight.shape[0]
+        return sums
     total: npt.NDArray[np.int64] = levels(weight, bits, cell_bits, coding).sum(axis=(0, 1), dtype=np.int64)
     return total
 
@@ -71,9 +70,7 @@ def conductance(level: npt.ArrayLike, g_min: float, g_max: float, cell_bits: int
     return g_min + step * np.asarray(level, np.float64)
 
 
-def vary(
-    g: npt.NDArray[np.float64], sigma: float, rng: np.random.Generator
-) -> npt.NDArray[np.float64]:
+def vary(g: npt.NDArray[np.float64], sigma: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Device variation, drawn once a programming: g times N(1, sigma), cut off at 0."""
-    spread: Any = rng.normal(1.0, sigma, g.shape)
-    return g * np.maximum(spread, 0.0)
+    varied: npt.NDArray[np.float64] = g * np.maximum(rng.normal(1.0, sigma, g.shape), 0.0)
+    return varied

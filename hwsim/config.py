@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from mdsnn.kernels.errors import ConfigError, InputError, MissingError
 from mdsnn.kernels.files import read_bounded
@@ -48,7 +48,7 @@ _UNITS: Final[Mapping[str, Mapping[str, float]]] = {
 
 @dataclass(frozen=True)
 class Key:
-    """What a chip file may say under one key: the kind of its unit, its range (in `unit`) or choices, and its meaning."""
+    """What a chip file may say under one key: kind of its unit, range (in `unit`) or choices, and meaning."""
 
     kind: str
     unit: str
@@ -362,7 +362,9 @@ def parse_chip(content: bytes, *, where: str, name: str) -> Chip:
     if not faults:
         faults += [f"{where}: {fault}" for fault in _cross_faults(chip)]
         missing = [key for key, entry in KEYS.items() if model in entry.models and key not in constants]
-        faults += [f"{where}: [{k.split('.')[0]}] {k.split('.')[1]} is missing; model {model} needs it" for k in missing]
+        faults += [
+            f"{where}: [{k.split('.')[0]}] {k.split('.')[1]} is missing; model {model} needs it" for k in missing
+        ]
     if faults:
         raise ConfigError("\n".join(faults))
     return chip
@@ -448,21 +450,15 @@ def _leaf_model() -> Any:
             import pydantic
         except ImportError as fault:
             raise MissingError("chip files need pydantic: pip install 'mdsnn[report]'") from fault
-        from typing import Literal
 
-        def text(limit: int) -> Any:
-            return pydantic.Field(min_length=1, max_length=limit, pattern=r"\S")
+        class Leaf(pydantic.BaseModel):
+            model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="forbid")
+            value: int | float | str
+            unit: str = pydantic.Field(min_length=1, max_length=20)
+            source: str = pydantic.Field(min_length=1, max_length=600, pattern=r"\S")
+            confidence: Literal["high", "medium", "low"]
 
-        _LEAF.append(
-            pydantic.create_model(
-                "Leaf",
-                __config__=pydantic.ConfigDict(strict=True, frozen=True, extra="forbid"),
-                value=(int | float | str, ...),
-                unit=(str, text(20)),
-                source=(str, text(600)),
-                confidence=(Literal["high", "medium", "low"], ...),
-            )
-        )
+        _LEAF.append(Leaf)
     return _LEAF[0]
 
 

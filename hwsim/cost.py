@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mdsnn.kernels.errors import ConfigError
+from mdsnn.kernels.formats import Array
 
-from .activity import Load
+from .activity import LayerLoad, Load, uniform
 from .cells import row_level_sums
 from .config import Chip
 from .converters import adc_area, adc_energy, adc_keys
-from .mapping import Floorplan, MappedLayer, Workload, floorplan, map_layer
+from .mapping import Floorplan, Layer, MappedLayer, Workload, floorplan, map_layer, row_tiles
 
 SCHEDULES = ("sequential", "overlapped", "pipelined")
 
@@ -87,7 +88,7 @@ class SpikeSimLayerCost:
 
 @dataclass(frozen=True)
 class SpikeSimCost:
-    """What the estimator prints. Areas m2: pe_area is PEs and subtractors, digital_area buffers, PEs and input memory."""
+    """What the estimator prints, areas m2. pe_area: PEs and subtractors; digital_area: buffers, PEs, input memory."""
 
     layers: tuple[SpikeSimLayerCost, ...]
     totals: Totals
@@ -220,9 +221,9 @@ class SpikeSimEvents:
 def spikesim_event_energy(events: SpikeSimEvents, chip: Chip) -> dict[str, float]:
     """Event-mode energy of one convolution, J, by part, as SpikingJelly 2.0.0 defines it.
 
-        patch control = Po*patches*(e_cycle without crossbar and neuron)
-        crossbar      = Po*sum over input tiles rows*(E_xbar/8)*(padded channels/channels)
-        neuron        = Pi*output tile sites*E_neuron                            Pi, Po = input, output tiles
+    patch control = Po*patches*(e_cycle without crossbar and neuron)
+    crossbar      = Po*sum over input tiles rows*(E_xbar/8)*(padded channels/channels)
+    neuron        = Pi*output tile sites*E_neuron                            Pi, Po = input, output tiles
     """
     x = chip.integer("crossbar.rows")
     p_in, p_out = math.ceil(events.c_in / x), math.ceil(events.c_out / x)
@@ -238,6 +239,27 @@ def spikesim_event_energy(events: SpikeSimEvents, chip: Chip) -> dict[str, float
         "crossbar": p_out * crossbar,
         "neuron": p_in * events.active_output_tile_sites * chip["neuron.energy"],
     }
+
+
+def spikesim_events(layer: Layer, counts: LayerLoad, chip: Chip) -> SpikeSimEvents:
+    """Event counts of one convolution and sample, from its load; every step counts, also where the exported network
+    runs a layer once. Inputs that are no spikes, and grouped layers, count as dense, as SpikingJelly counts them.
+    """
+    x = chip.integer("crossbar.rows")
+    tile, used = row_tiles(layer, x, "kernel-split")
+    p_in, p_out = len(used), math.ceil(layer.c_out / x)
+    runs = float(layer.steps * layer.sites)
+    dense = layer.planes > 1 or layer.groups > 1
+    if dense:
+        patches, rows = runs * p_in, [runs * float(channels) * layer.taps for channels in used]
+        sites = runs * p_out
+    else:
+        patches = float(counts.patches.sum())
+        rows = list(np.bincount(tile[:, 0], weights=counts.rows.sum(axis=(1, 2)), minlength=p_in))
+        sites = p_out * float(counts.sites.sum())
+    return SpikeSimEvents(
+        layer.c_in, layer.c_out, layer.taps, int(runs) * p_in * p_out, patches, tuple(map(float, rows)), sites
+    )
 
 
 def spikesim_layers(workload: Workload) -> tuple[SpikeSimLayer, ...]:
@@ -274,6 +296,7 @@ FP32_SIGNIFICAND24 = Precision("FP32 significand24", 24, 32, True)
 FP32_BITS32 = Precision("FP32 bits32", 32, 32, True)
 BITS8 = Precision("8 bit", 8, 8, True)
 BITS4 = Precision("4 bit", 4, 4, True)
+OWN_AVERAGE = Precision("own, mid-range cells", None, None, True)
 PRECISIONS = (FP32_SIGNIFICAND24, FP32_BITS32, BITS8, BITS4)
 
 
@@ -399,14 +422,14 @@ def prepare(workload: Workload, load: Load, chip: Chip, precision: Precision = O
     )
 
 
-def row_level_sums_of(codes: np.ndarray, groups: int, bits: int, cell_bits: int, coding: str) -> np.ndarray:  # type: ignore[type-arg]  # fmt: skip
+def row_level_sums_of(codes: Array, groups: int, bits: int, cell_bits: int, coding: str) -> Array:
     """`cells.row_level_sums` for grouped weights: (C_out, C_in/groups, kh, kw) to (C_in, kh, kw)."""
     parts = np.split(codes, groups) if groups > 1 else [codes]
     return np.concatenate([row_level_sums(part, bits, cell_bits, coding) for part in parts])
 
 
 def _table_bits(workload: Workload, precision: Precision) -> float:
-    """Bits of all tables: BN, LIF, input, readout bias. FP32 keeps two 32-bit BN constants a channel and no LIF table."""
+    """Bits of all tables: BN, LIF, input, readout bias. FP32: two 32-bit BN constants a channel and no LIF table."""
     total = workload.input_table_bits
     for layer in workload.layers:
         if precision.weight_bits is not None and precision.weight_bits > 8 and layer.bn:
@@ -471,7 +494,7 @@ def by_layer(entries: Iterable[Entry]) -> dict[str, float]:
 
 
 def weak_share(entries: Iterable[Entry], chip: Chip, *, unsourced_only: bool = False) -> float:
-    """Share of a ledger's value, 0..1, whose entries rest on a low-confidence or unsourced constant (or unsourced only)."""
+    """Share of a ledger's value, 0..1, in entries that rest on a low-confidence or unsourced constant."""
     total = weak = 0.0
     for entry in entries:
         total += entry.value
@@ -540,7 +563,15 @@ def _energy_ledger(prepared: Prepared, chip: Chip, area: float) -> tuple[Entry, 
         bits = prepared.membrane_bits[population.name]
         updates = float(workload.timesteps * population.neurons)
         name = population.name
-        add(name, "neuron", updates * bits / 8, update, "neuron.leak_energy", "neuron.add_energy", "neuron.compare_energy")
+        add(
+            name,
+            "neuron",
+            updates * bits / 8,
+            update,
+            "neuron.leak_energy",
+            "neuron.add_energy",
+            "neuron.compare_energy",
+        )
         add(name, "neuron", prepared.spikes[name], chip["neuron.reset_energy"], "neuron.reset_energy")
         add(name, "membrane memory", 2 * updates * bits, bit, *bit_key)
     for op in workload.stream_ops:
@@ -602,7 +633,9 @@ def _delay(prepared: Prepared, delays: Mapping[str, float], schedule: str, overl
             starts[layer.name] = begin
             ends[layer.name] = max([begin + delays[layer.name], *(ends[f] for f in layer.feeders)])
         return max(ends.values())
-    fill = {work.mapped.layer.name: delays[work.mapped.layer.name] / work.mapped.layer.steps for work in prepared.layers}
+    fill = {
+        work.mapped.layer.name: delays[work.mapped.layer.name] / work.mapped.layer.steps for work in prepared.layers
+    }
     slowest = max(delays, key=lambda name: delays[name])
     return delays[slowest] + sum(fill.values()) - fill[slowest]
 
@@ -621,9 +654,7 @@ def presets(
         if load is None:
             chip.require("spikesim")
             layers = spikesim_layers(workload)
-            low, high = (
-                spikesim_cost(layers, workload.timesteps, chip, slices=-(-b // 4)) for b in (base_bits, bits)
-            )
+            low, high = (spikesim_cost(layers, workload.timesteps, chip, slices=-(-b // 4)) for b in (base_bits, bits))
             energy = high.totals.energy / low.totals.energy
             area = high.tiles / low.tiles
             delay = 1.0
@@ -638,3 +669,100 @@ def presets(
 
 PAPER_FIG3 = {"tops_per_w": 2.64, "tops_per_mm2": 6.19, "edap": 14.85}
 """MD-SNN Fig. 3, 4 bit against FP32 on N-Caltech101. 2.64*6.19 = 16.34, not 14.85: the three do not agree."""
+
+
+# ----------------------------------------------------------------------------------- sensitivity, and the ANN beside it
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What doubling and halving one constant does: ratios to the headline figures, (halved, doubled)."""
+
+    key: str
+    energy: tuple[float, float]
+    delay: tuple[float, float]
+    area: tuple[float, float]
+    edap: tuple[float, float]
+
+    @property
+    def reach(self) -> float:
+        """Largest |log| of the EDAP ratio."""
+        return max(abs(math.log(ratio)) if ratio > 0 else math.inf for ratio in self.edap)
+
+
+def sensitivity(prepared: Prepared, chip: Chip) -> tuple[Sensitivity, ...]:
+    """Every real-valued constant halved and doubled alone, ordered by its reach on EDAP, less those without effect."""
+    base = physical_cost(prepared, chip).totals
+    results: list[Sensitivity] = []
+    for key in chip.scalable("physical"):
+        low, high = (physical_cost(prepared, chip.scaled(key, factor)).totals for factor in (0.5, 2.0))
+        entry = Sensitivity(
+            key,
+            (low.energy / base.energy, high.energy / base.energy),
+            (low.delay / base.delay, high.delay / base.delay),
+            (low.area / base.area, high.area / base.area),
+            (low.edap / base.edap, high.edap / base.edap),
+        )
+        if entry.reach > 1e-12:
+            results.append(entry)
+    return tuple(sorted(results, key=lambda entry: (-entry.reach, entry.key)))
+
+
+CROSSBAR_PATH = ("array", "ADC", "MUX", "shift-add", "offset removal")
+"""Components of a synaptic operation."""
+
+
+def ann_workload(workload: Workload, bits: int) -> Workload:
+    """The same layers as an ANN: one step, unsigned activations of `bits`, applied bit by bit and held in memory."""
+    layers = tuple(
+        replace(layer, steps=1, planes=bits, low=0, high=(1 << bits) - 1)
+        if layer.planes == 1 or layer.kind == "readout"
+        else replace(layer, steps=1)
+        for layer in workload.layers
+    )
+    populations = tuple(replace(p, bits=bits) for p in workload.populations)
+    ops = tuple(replace(op, steps=1) for op in workload.stream_ops)
+    return replace(
+        workload, name=f"{workload.name} as ANN", layers=layers, populations=populations, stream_ops=ops, timesteps=1
+    )
+
+
+@dataclass(frozen=True)
+class ThreeEnergies:
+    """J a sample: synaptic operations only; everything; the same network as an ANN of the same bits on the same chip.
+
+    ann_density   share of the ANN's activations that are not 0 (assumed)
+    break_even    spike density at which the SNN, under independent spikes, costs what the ANN costs; None if there is
+                  none in 0..1
+    """
+
+    synaptic: float
+    full: float
+    ann: float
+    ann_bits: int
+    ann_density: float
+    break_even: float | None
+
+
+def three_energies(cost: PhysicalCost, chip: Chip, ann_density: float = 0.5) -> ThreeEnergies:
+    """Three energies side by side, and where they meet; see ThreeEnergies."""
+    workload = cost.prepared.workload
+    parts = by_component(cost.energy)
+    bits = max((layer.bits for layer in workload.layers if layer.planes == 1), default=workload.layers[-1].bits)
+    rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
+
+    def energy(subject: Workload, density: float) -> float:
+        load = uniform(subject, density, rows=rows, scheme=scheme)
+        return physical_cost(prepare(subject, load, chip, OWN_AVERAGE), chip).totals.energy
+
+    ann = energy(ann_workload(workload, bits), ann_density)
+    low, high = 1e-6, 1.0  # not 0: at density 0 even the image would be dark
+    found: float | None = None
+    if energy(workload, low) <= ann <= energy(workload, high):
+        for _ in range(14):
+            middle = (low + high) / 2
+            low, high = (middle, high) if energy(workload, middle) < ann else (low, middle)
+        found = (low + high) / 2
+    return ThreeEnergies(
+        sum(parts.get(part, 0.0) for part in CROSSBAR_PATH), cost.totals.energy, ann, bits, ann_density, found
+    )

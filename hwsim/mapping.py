@@ -210,7 +210,9 @@ def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
         if isinstance(node, InputTable):
             table_bits = node.table.size * 8
         elif isinstance(node, Conv | Linear | Readout):
-            layers.append(_layer(network, node, bns.get(node.name), sorted(feeders[node.source], key=order.__getitem__)))
+            layers.append(
+                _layer(network, node, bns.get(node.name), sorted(feeders[node.source], key=order.__getitem__))
+            )
         elif isinstance(node, Lif):
             tables = sum(t.size * _entry_bits(t) for t in (node.decode, node.thresholds))
             populations.append(Population(node.name, proof.shapes[node.name], node.bits, tables))
@@ -359,8 +361,27 @@ def ms_resnet(
              bits: int, span: tuple[int, int], steps: int, feeders: tuple[str, ...]) -> tuple[int, int]:  # fmt: skip
         out = (-(-size[0] // stride), -(-size[1] // stride))
         layers.append(
-            Layer(name, "conv", c_in, c_out, 1, (kernel, kernel), stride, kernel // 2, size, out, bits,
-                  input_planes(*span), *span, steps, feeders, "affine", c_out * (16 + 32 + 5), 0, None)  # fmt: skip
+            Layer(
+                name,
+                "conv",
+                c_in,
+                c_out,
+                1,
+                (kernel, kernel),
+                stride,
+                kernel // 2,
+                size,
+                out,
+                bits,
+                input_planes(*span),
+                *span,
+                steps,
+                feeders,
+                "affine",
+                c_out * (16 + 32 + 5),
+                0,
+                None,
+            )
         )
         return out
 
@@ -368,7 +389,8 @@ def ms_resnet(
         populations.append(Population(name, (c, *size), membrane_bits, lif_tables))
 
     size = conv("stem.conv", channels, 64, 3, 1, (height, width), 8, span, first_steps, ())
-    waits, c_in = ("stem.conv",), 64
+    waits: tuple[str, ...] = ("stem.conv",)
+    c_in = 64
     for stage, blocks in enumerate(RESNET_BLOCKS[depth]):
         c_out = 64 << stage
         for block in range(blocks):
@@ -387,16 +409,34 @@ def ms_resnet(
                 )
                 conv(f"{where}.shortcut", c_in, c_out, 1, 2, before, weight_bits, (-127, 127), timesteps, waits)
                 results += (f"{where}.shortcut",)
-            stream_ops.append(
-                StreamOp(f"{where}.add", "add", elements, timesteps, 1, 16, f"{where}.conv2", elements)
-            )
+            stream_ops.append(StreamOp(f"{where}.add", "add", elements, timesteps, 1, 16, f"{where}.conv2", elements))
             waits, c_in = results, c_out
     lif("head.lif", c_in, size)
     area = size[0] * size[1]
     stream_ops.append(StreamOp("head.pool", "sumpool", c_in, timesteps, area, 0, "head.lif", c_in * area))
     layers.append(
-        Layer("head.fc", "readout", c_in, classes, 1, (1, 1), 1, 0, (1, 1), (1, 1), 8, input_planes(0, timesteps * area),
-              0, timesteps * area, 1, waits, "", 32 * classes, 0, None)  # fmt: skip
+        Layer(
+            "head.fc",
+            "readout",
+            c_in,
+            classes,
+            1,
+            (1, 1),
+            1,
+            0,
+            (1, 1),
+            (1, 1),
+            8,
+            input_planes(0, timesteps * area),
+            0,
+            timesteps * area,
+            1,
+            waits,
+            "",
+            32 * classes,
+            0,
+            None,
+        )
     )
     return Workload(
         f"ms-resnet{depth} {channels}x{height}x{width}",
