@@ -129,8 +129,8 @@ def _fill(out: Path, seed: int, say_line: Callable[[str], None]) -> dict[str, An
     with steps.step(
         "report", f"Mapping onto 64x64 crossbars of 4-bit FeFETs with the measured spikes  [mdsnn report --chip {CHIP}]"
     ):
-        hardware = report.make(str(model), chip=CHIP, data=DATA, force=True, output=str(out / "report.html"))
-        for suffix in ("json", "csv"):
+        hardware = report.make(str(model), chip=CHIP, data=DATA, limit=None)
+        for suffix in ("html", "json", "csv"):
             report.write(hardware, str(out / f"report.{suffix}"), force=True)
     return _summary(seed, steps.seconds, teacher, student, plain, sizes, verified, speed, report.totals(hardware))
 

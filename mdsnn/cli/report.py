@@ -1,0 +1,146 @@
+"""`mdsnn report`: energy, latency and area of an artifact on a crossbar chip."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mdsnn.kernels.errors import ConfigError
+
+from .options import JsonCommand, check_outputs, extra, force_option, json_option, read_data, write_json
+from .terminal import progress, say
+
+if TYPE_CHECKING:
+    from mdsnn.hwsim.report import Report
+
+METRICS = {
+    "energy_uJ": "energy, uJ/image",
+    "latency_ms": "latency, ms/image",
+    "area_mm2": "area, mm2",
+    "TOPS_per_W": "TOPS/W",
+    "TOPS_per_mm2": "TOPS/mm2",
+    "EDAP_mJ_ms_mm2": "EDAP, mJ ms mm2",
+}
+"""Totals that a summary shows, and how it calls them."""
+
+
+@click.command(cls=JsonCommand)
+@click.argument("artifact", metavar="ARTIFACT")
+@click.option(
+    "--chip", default="fefet32", show_default=True, help="A shipped chip (mdsnn chips) or your own .toml file."
+)
+@click.option(
+    "--model", type=click.Choice(["physical", "spikesim"]), help="Cost model; default: the one the chip names."
+)
+@click.option("-o", "--output", metavar="FILE.html", help="The report as one self-contained page.")
+@click.option("--csv", "csv_file", metavar="FILE.csv", help="The per-layer table.")
+@click.option("--data", default="builtin:digits", show_default=True, help="Whose spikes: a data set or an .npy file.")
+@click.option("--data-path", help="Where the data set lies, for those that need it.")
+@click.option("--limit", default=256, show_default=True, type=click.IntRange(1), help="At most so many samples.")
+@click.option("--activity", metavar="FILE.npz", help="Activity saved by --save-activity, instead of --data.")
+@click.option("--save-activity", metavar="FILE.npz", help="Keep the measured activity for later reports.")
+@json_option
+@force_option
+def command(
+    artifact: str,
+    chip: str,
+    model: str | None,
+    output: str | None,
+    csv_file: str | None,
+    data: str,
+    data_path: str | None,
+    limit: int,
+    activity: str | None,
+    save_activity: str | None,
+    json_file: str | None,
+    force: bool,
+) -> None:
+    """Map ARTIFACT onto the crossbars of a chip and say what it costs, with spikes measured on real data.
+
+    Without -o it prints one screen. Every constant in the report carries its source. Example:
+    mdsnn report builtin:digits --chip fefet32 -o report.html
+    """
+    check_outputs([output, csv_file, save_activity, json_file], force=force)
+    report = make(
+        artifact,
+        chip=chip,
+        model=model,
+        data=data,
+        data_path=data_path,
+        limit=limit,
+        activity=activity,
+        save_activity=save_activity,
+        force=force,
+    )
+    for path in (output, csv_file):
+        if path is not None:
+            write(report, path, force=force)
+            say(f"wrote {path}")
+    if not write_json(report.to_dict(), json_file, force=force):
+        click.echo(extra("report", "mdsnn.hwsim.report").summary(report))
+
+
+def make(
+    path: str,
+    *,
+    chip: str = "fefet32",
+    model: str | None = None,
+    data: str = "builtin:digits",
+    data_path: str | None = None,
+    limit: int | None = 256,
+    activity: str | None = None,
+    save_activity: str | None = None,
+    force: bool = False,
+) -> Report:
+    """The report of an artifact, with activity measured on `data` or read from a file."""
+    from mdsnn.export import artifact
+
+    config = extra("report", "mdsnn.hwsim.config")
+    measuring = extra("report", "mdsnn.hwsim.activity")
+    reporting = extra("report", "mdsnn.hwsim.report")
+    network = artifact.load(path)
+    the_chip = config.load_chip(chip)
+    accuracies: Any = ()
+    if activity is not None:
+        measured = measuring.load_activity(activity, network)
+    else:
+        pixels, labels = read_data(network, data, data_path, limit)
+        rows, scheme = _mapping(the_chip)
+        with progress("measuring activity") as tick:
+            measured = measuring.measure(network, pixels, rows=rows, scheme=scheme, source=data, progress=tick)
+        if labels is not None and (model or the_chip.model) == "physical":
+            accuracies = extra("report", "mdsnn.hwsim.crossbar").adc_accuracy(network, pixels, labels, the_chip)
+    if save_activity is not None:
+        measuring.save_activity(save_activity, measured, force=force)
+    report: Report = reporting.build_report(network, measured, the_chip, model=model, adc=accuracies)
+    return report
+
+
+def _mapping(chip: Any) -> tuple[int, str]:
+    """Rows and scheme that activity is counted for: the chip's, or SpikeSim's."""
+    scheme = chip.choice("mapping.scheme") if "mapping.scheme" in chip.constants else "kernel-split"
+    return chip.integer("crossbar.rows"), scheme
+
+
+def write(report: Report, path: str, *, force: bool = False) -> None:
+    """Write the report as .html, .json or .csv, as the name says."""
+    from mdsnn.kernels.files import write_text
+
+    reporting = extra("report", "mdsnn.hwsim.report")
+    if path.endswith(".html"):
+        text = reporting.render_html(report)
+    elif path.endswith(".json"):
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+    elif path.endswith(".csv"):
+        text = reporting.to_csv(report)
+    else:
+        raise ConfigError(f"{path}: a report is written as .html, .json or .csv")
+    write_text(path, text, force=force)
+
+
+def totals(report: Report) -> dict[str, dict[str, float]]:
+    """The six totals by precision, the network's own first: precision -> metric -> value."""
+    rows = report.precisions or [{"name": "this network", **report.totals}]
+    return {row["name"]: {label: row[key] for key, label in METRICS.items()} for row in rows}
