@@ -23,8 +23,8 @@ def contract(header: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
-def make_builder(folder: str, module: str, flags: tuple[str, ...] = FLAGS) -> cffi.FFI:
-    """A cffi builder of `module` from the C sources in `folder`."""
+def make_builder(folder: str, module: str, flags: tuple[str, ...] = (), optional: bool = True) -> cffi.FFI:
+    """A cffi builder of `module` from the C sources in `folder`; `flags` go to the compiler and the linker."""
     with open(os.path.join(folder, "mdsnn.h"), encoding="utf-8") as file:
         declarations = contract(file.read())
     ffi = cffi.FFI()
@@ -35,8 +35,9 @@ def make_builder(folder: str, module: str, flags: tuple[str, ...] = FLAGS) -> cf
         sources=[os.path.join(folder, source) for source in SOURCES],
         depends=sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith((".h", ".c"))),
         include_dirs=[folder],
-        extra_compile_args=list(flags),
-        optional=True,
+        extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=list(flags),
+        optional=optional,
     )
     return ffi
 

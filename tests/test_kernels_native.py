@@ -1,0 +1,164 @@
+"""The C engine as a part: when it is missing, instruction sets by name, the layout it promises, scratch it keeps."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdsnn.kernels import Engine, engine, native
+from mdsnn.kernels.errors import ConfigError, MissingError
+from planted import assert_same_bits, seeded_case
+
+needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extension had not been compiled."""
+    monkeypatch.setattr(native, "_load", lambda: (None, "the compiled extension does not import: install a C compiler"))
+    engine._fallback.cache_clear()
+
+
+def test_without_the_extension_another_engine_takes_over_with_one_warning(
+    without_native: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, pixels = seeded_case(1)
+    with caplog.at_level(logging.WARNING):
+        first, second = Engine(network, threads=1), Engine(network, threads=1)
+    assert first.kernels == second.kernels == "numba"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "C compiler" in caplog.text
+    want = Engine(network, "reference", 1).run(pixels)
+    assert_same_bits(first.run(pixels).logits, want.logits, "logits")
+
+
+def test_a_chosen_engine_that_is_missing_is_an_error(without_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = seeded_case(1)
+    with pytest.raises(MissingError, match="C compiler"):
+        Engine(network, "native")
+    monkeypatch.setenv("MDSNN_ENGINE", "native")
+    with pytest.raises(MissingError, match="MDSNN_ENGINE=native"):
+        Engine(network)
+    with pytest.raises(MissingError, match="C compiler"):
+        native.isa()
+
+
+@pytest.mark.parametrize("name", ["reference", "numba", "native"])
+def test_the_environment_chooses_the_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "native" and native.missing():
+        pytest.skip(str(native.missing()))
+    monkeypatch.setenv("MDSNN_ENGINE", name)
+    assert Engine(seeded_case(1)[0]).kernels == name
+
+
+def test_an_unknown_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MDSNN_ENGINE", "fortran")
+    with pytest.raises(ConfigError, match="native, numba, reference"):
+        Engine(seeded_case(1)[0])
+
+
+@needs_native
+def test_every_machine_runs_the_base_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MDSNN_ISA", raising=False)
+    levels = native.isa_levels()
+    assert levels[0] == "base"
+    assert native.isa() == levels[-1]
+    assert list(levels) == [level for level in native.ISA_LEVELS if level in levels]
+
+
+@needs_native
+def test_the_environment_forces_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = seeded_case(1)
+    for level in native.isa_levels():
+        monkeypatch.setenv("MDSNN_ISA", level)
+        assert native.isa() == level
+        assert native.NativeBackend(network).isa == level
+    monkeypatch.setenv("MDSNN_ISA", "sse9")
+    with pytest.raises(ConfigError, match="base, avx2, avx512, amx"):
+        Engine(network, "native")
+    monkeypatch.setattr(native, "isa_levels", lambda: ("base",))
+    monkeypatch.setenv("MDSNN_ISA", "amx")
+    with pytest.raises(MissingError, match="this machine runs base"):
+        native.isa()
+
+
+@needs_native
+def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_CONTRACT", native._CONTRACT + 1)
+    native._load.cache_clear()
+    try:
+        assert "another version" in str(native.missing())
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+    assert native.missing() is None
+
+
+@needs_native
+def test_constants_that_stand_in_python_and_in_c_are_equal() -> None:
+    source = Path(native.__file__).parent / "src"
+    lib = native._module().lib
+    limit = re.search(r"#define MDSNN_MAX_COMPARED (\d+)", (source / "kernels.h").read_text())
+    assert limit is not None
+    assert int(limit.group(1)) == native._COMPARED
+    assert [getattr(lib, f"MDSNN_{level.upper()}") for level in native.ISA_LEVELS] == list(range(4))
+    assert [getattr(lib, f"MDSNN_{name}") for name in ("I8", "I16", "I32")] == [native._I8, native._I16, native._I32]
+
+
+@needs_native
+def test_values_that_are_alive_together_do_not_share_bytes() -> None:
+    for seed in range(30):
+        plan = native._Plan(seeded_case(seed)[0], 0)
+        spans = [(v.offset, v.offset + v.size(plan.chunk), v.first, v.last, v.keep) for v in plan.values]
+        for i, (start, end, first, last, kept) in enumerate(spans):
+            assert end <= (plan.state_bytes if kept else plan.scratch_bytes)
+            for other_start, other_end, other_first, other_last, other_kept in spans[:i]:
+                together = kept == other_kept and (kept or (first <= other_last and other_first <= last))
+                assert not together or end <= other_start or other_end <= start
+
+
+@needs_native
+def test_scratch_is_kept_between_runs_and_leaves_nothing_behind() -> None:
+    network, pixels = seeded_case(3)
+    ready = Engine(network, "native", 1)
+    backend = ready._backend
+    assert isinstance(backend, native.NativeBackend)
+    want = Engine(network, "reference", 1).run(pixels).logits
+    assert_same_bits(ready.run(pixels).logits, want, "logits")
+    assert len(backend._scratch) == 1
+    backend._scratch[0][:] = 0xA5  # a run must not read what an earlier one left
+    assert_same_bits(ready.run(pixels).logits, want, "logits after the scratch was spoilt")
+    assert len(backend._scratch) == 1
+
+
+@needs_native
+def test_the_extension_needs_no_torch_and_no_numba() -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, numba=None, onnx=None)\n"
+        "from mdsnn.kernels import native; print(native.missing(), native.isa_levels()[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "base"]
+
+
+def test_the_declarations_stand_once() -> None:
+    """What cffi reads is the header, and it has no other copy."""
+    from mdsnn.kernels import build_native
+
+    source = Path(native.__file__).parent / "src"
+    declarations = build_native.contract((source / "mdsnn.h").read_text())
+    assert "mdsnn_run" in declarations
+    assert "#" not in declarations
+    assert "/*" not in declarations
+
+
+def test_no_source_asks_for_this_machine_s_own_instructions() -> None:
+    folder = Path(native.__file__).parent
+    text = "".join(path.read_text() for path in [*(folder / "src").iterdir(), folder / "build_native.py"])
+    assert "march" not in text
+    assert "malloc" not in text
