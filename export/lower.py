@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from mdsnn.freeze import Plan, Step, plan_of
+from mdsnn.freeze import Plan, Step, free_name, plan_of
 from mdsnn.kernels import reference
 from mdsnn.kernels.errors import LoweringError, NetworkError
 from mdsnn.kernels.formats import Array, Grid, dense_table, narrowest
@@ -181,7 +181,7 @@ class _Writer:
         else:
             self._put(step, Linear(step.name, source, weight, codes.bits))
         if codes.affine is not None:
-            self._table(step, self._free(f"{step.name}.table"), step.name, codes, codes.affine)
+            self._table(step, free_name(f"{step.name}.table", self.shapes), step.name, codes, codes.affine)
 
     def _bn(self, step: Step, layer: QuantBatchNorm2d) -> None:
         before = self.model.get_submodule(step.sources[0])
@@ -250,16 +250,8 @@ class _Writer:
         _, height, width = self.shapes[step.sources[0]]
         source = self._source(step)
         if (height, width) != (1, 1):
-            pool = SumPool(self._free(f"{step.name}.pool"), source, height, width)
+            pool = SumPool(free_name(f"{step.name}.pool", self.shapes), source, height, width)
             self.nodes.append(pool)
             source = pool.name
         self._note(step.name, alpha=codes.alpha, unit=codes.unit)
         self._put(step, Readout(step.name, source, codes.weight.numpy(), codes.bits, codes.bias.numpy()))
-
-    def _free(self, name: str) -> str:
-        """`name`, or the first of name2, name3 ... that no layer has."""
-        free, count = name, 1
-        while free in self.shapes:
-            count += 1
-            free = f"{name}{count}"
-        return free

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn, TypeVar
@@ -214,6 +214,15 @@ def _place(node: fx.Node) -> str:
     return paths[-1] if paths else ""
 
 
+def free_name(name: str, taken: Collection[str]) -> str:
+    """`name`, or the first of name2, name3, ... that is not taken."""
+    free, count = name, 1
+    while free in taken:
+        count += 1
+        free = f"{name}{count}"
+    return free
+
+
 def _window(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
@@ -279,11 +288,8 @@ class _Freezer:
                     "state; make a second layer"
                 )
             return name
-        stem = ".".join(part for part in (_place(node), "add") if part)
-        name, count = stem, 1
-        while name in self.names.values() or name in self.modules:
-            name, count = f"{stem}{count}", count + 1
-        return name
+        place = _place(node)
+        return free_name(f"{place}.add" if place else "add", {*self.names.values(), *self.modules})
 
     def _grid(self) -> Grid:
         named = [(n, layer.output_grid) for n, layer in self._layers(Layer) if getattr(layer, "output_grid", None)]
@@ -297,15 +303,13 @@ class _Freezer:
 
     def _timesteps(self) -> int:
         lifs = self._layers(LIF)
-        if not lifs:
-            raise LoweringError(f"{type(self.model).__name__} has no LIF layer: nothing in it spikes")
         for name, lif in lifs:
             if lif.timesteps != lifs[0][1].timesteps:
                 raise LoweringError(
                     f"layer '{name}': timesteps = {lif.timesteps}, but '{lifs[0][0]}' has {lifs[0][1].timesteps}; "
                     "use layers.set_timesteps"
                 )
-        return int(lifs[0][1].timesteps)
+        return int(lifs[0][1].timesteps) if lifs else 1  # without a LIF nothing spikes, and the Readout says so
 
     def _check_output(self) -> None:
         (output,) = (node for node in self.nodes if node.op == "output")
@@ -376,6 +380,8 @@ class _Freezer:
             bad = int((~torch.isfinite(values)).sum())
             if bad:
                 self._fail(name, f"its {key} holds {bad} NaN or infinite values; restore an earlier checkpoint")
+        if isinstance(layer, QuantBatchNorm2d) and bool((layer.running_var < 0).any()):
+            self._fail(name, "its running_var is negative; restore an earlier checkpoint")
         for key in ("weight_bits", "bits"):
             if getattr(layer, key, None) == FULL_PRECISION:
                 self._fail(
@@ -392,6 +398,8 @@ class _Freezer:
             remedy = "a mean or maximum of real values is no integer sum; pool the spikes behind a LIF"
         elif isinstance(layer, QuantBatchNorm2d):
             remedy = "a BN layer must follow a QuantConv2d or QuantLinear, whose scale it folds"
+        elif isinstance(layer, Readout):
+            remedy = "put a LIF before it"
         else:
             remedy = "see the table of kinds in mdsnn.layers"
         self._fail(name, f"{what} reads {kind}, where {' or '.join(kinds)} are needed; {remedy}")
@@ -527,11 +535,6 @@ class _Freezer:
     def _lif(self, layer: LIF, name: str, source: Signal) -> Signal:
         self._need(name, layer, source, "stream")
         alpha, bits, grid = float(layer.alpha), layer.bits, self.grid
-        v_soft = formats.soft_reset_code(layer.v_th, grid) if layer.reset == "soft" else 0
-        if layer.reset == "soft" and v_soft < 1:
-            self._fail(
-                name, f"v_th = {layer.v_th} is below the grid's step {1 / grid.one}: a soft reset would do nothing"
-            )
         pre_fire = layer.quantize == "pre_fire"
         decode = formats.decode_table(alpha, layer.tau, bits, grid)
         if max(-source.low, source.high) + int(decode.max()) >= INT32_LIMIT // 2:
@@ -543,7 +546,7 @@ class _Freezer:
             thresholds=torch.from_numpy(formats.requantize_thresholds(alpha, bits, grid)),
             v_th=formats.threshold_code(layer.v_th, grid),
             reset=layer.reset,
-            v_soft=v_soft,
+            v_soft=formats.soft_reset_code(layer.v_th, grid) if layer.reset == "soft" else 0,
             quantize=layer.quantize,
             q_th=formats.pre_fire_code(layer.v_th, alpha, bits, grid) if pre_fire else 0,
         )

@@ -283,7 +283,7 @@ def test_a_students_lif_loads_a_teachers_state(student):
     lif = LIF(3, bits=4, alpha=student)
     lif.load_state_dict(teacher.state_dict())
     lif(draw(3, 1, 2, 4, 4))
-    assert float(lif.alpha) < 1  # taken from the first batch
+    assert lif.alpha.item() < 1  # taken from the first batch
 
 
 def test_a_silent_layer_does_not_divide_by_zero():
