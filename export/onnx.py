@@ -11,7 +11,7 @@ What each node computes is defined in kernels/reference.py; this file only says 
     max-pool, sum-pool, readout       MaxPool on uint8; ReduceSum or a convolution with ones; int32 MatMul
 
 Forms. "unrolled" writes the T steps one after the other; "scan" writes the step once, in one Scan whose state is the
-membrane codes and the readout's sum. Nodes that are the same at every step stand once, before it, in both.
+decoded membrane codes and the readout's sum. Nodes that are the same at every step stand once, before it, in both.
 
 Carriers. How the products of convolutions and linear layers are summed:
 
@@ -73,8 +73,10 @@ IR_VERSION = 8
 PRODUCER = "mdsnn"
 INPUT, LOGITS = "pixels", "logits"
 """Names of the model's input and of its first output."""
-MAX_MODEL = 2**31 - 2**20
-"""A protobuf message must stay below 2 GiB; the constants of a model are held to a little less."""
+MAX_MODEL = 2**31 - 1
+"""A protobuf message must stay below 2 GiB."""
+MAX_CONSTANTS = 2**31 - 2**28
+"""Most bytes of a model's constants: the operators and their names need the rest."""
 MAX_OPERATORS = 200_000
 """Most operators an export writes and `check_model` accepts."""
 MAX_DENSE_CODES = 1 << 16
@@ -129,20 +131,20 @@ def _onnx() -> Any:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What one timestep left behind: the LIF nodes' h, s and codes, and the readout's sum so far."""
+class _Fired:
+    """What a LIF node left behind: h (int32), s (bool), the next step's leak (int32), and for a trace q + delta."""
 
-    h: Mapping[str, str]
-    s: Mapping[str, str]
-    codes: Mapping[str, str]
-    total: str
+    h: str
+    s: str
+    leak: str
+    code: str
 
 
 class _Writer:
     """Writes one model. Values are known by their ONNX names; every name ends in # and a number of its own.
 
-    Spikes are bool until something reads them as numbers; codes, counts, accumulators and streams are int32. A LIF
-    node's state is q + delta, the index of its decode table.
+    Spikes are bool until something reads them as numbers; codes, counts, accumulators and streams are int32. Between
+    steps a LIF node keeps decode[q + delta], looked up from the membrane at once: one table instead of two.
     """
 
     def __init__(self, network: IntegerNetwork, form: str, carrier: str, trace: bool) -> None:
@@ -177,9 +179,9 @@ class _Writer:
         key = (label, array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self.constants:
             self.bytes += array.nbytes
-            if self.bytes > MAX_MODEL:
+            if self.bytes > MAX_CONSTANTS:
                 raise LoweringError(
-                    f"{label!r}: the constants take over {MAX_MODEL} bytes, and an ONNX file holds less than 2 GiB."
+                    f"{label!r}: the constants take over {MAX_CONSTANTS} bytes, and an ONNX file holds less than 2 GiB."
                     " Export with --bn-table affine, or a smaller network"
                 )
             name = f"{label}#c{len(self.constants)}"
@@ -358,7 +360,7 @@ class _Writer:
         lo, hi = self.proof.channel_bounds[node.source]
         sizes = hi - lo + 1
         start = np.cumsum(sizes) - sizes - lo
-        table = self.constant(f"{node.name}/table", node.table, np.int32)  # refuses tables that int32 cannot index
+        table = self.constant(f"{node.name}/table", node.table, np.int32)
         index = self.op("Add", [acc, self.per_channel(node, "start", start, np.int32)], f"{node.name}/index")
         return self.op("Gather", [table, index], f"{node.name}/value", axis=0)
 
@@ -368,19 +370,17 @@ class _Writer:
         top = delta(node.bits)
         return self.op("Clip", [shifted, self.int32(-top), self.int32(top)], f"{node.name}/value")
 
-    def membrane_code(self, node: Lif, u: str) -> str:
-        """q(u) + delta = #{j : thresholds[j] <= u}."""
+    def membrane_index(self, node: Lif, u: str) -> tuple[str, Array]:
+        """An int32 tensor of indices, and the codes they index: codes[index] = q(u) + delta = #{thresholds <= u}."""
         low, high = self.proof.membranes[node.name]
         low, high = min(low, -node.v_soft), max(high, 0)
         # thresholds outside the reachable range of u only need to stay on their side of it
         theta = np.clip(node.thresholds.astype(np.int64), low, high + 1)
         first, last = int(theta[0]) - 1, int(theta[-1])
         if last - first < MAX_DENSE_CODES:
-            codes = np.searchsorted(theta, np.arange(first, last + 1), side="right")
-            table = self.constant(f"{node.name}/codes", codes, np.int32)
             clamped = self.op("Clip", [u, self.int32(first), self.int32(last)], f"{node.name}/clamped")
             index = self.op("Sub", [clamped, self.int32(first)], f"{node.name}/index")
-            return self.op("Gather", [table, index], f"{node.name}/code", axis=0)
+            return index, np.searchsorted(theta, np.arange(first, last + 1), side="right")
         rounds = len(theta).bit_length()
         padded = np.full((1 << rounds) - 1, INT32_LIMIT - 1, np.int64)  # never <= u
         padded[: len(theta)] = theta
@@ -392,24 +392,31 @@ class _Writer:
             passed = self.op("LessOrEqual", [threshold, u], f"{node.name}/passed")
             further = self.op("Where", [passed, self.int32(step), self.int32(0)], f"{node.name}/further")
             position = self.op("Add", [position, further], f"{node.name}/position")
-        return position
+        return position, np.arange(len(theta) + 1)
 
-    def lif(self, node: Lif, x: str, state: str) -> tuple[str, str, str]:
-        """One step: h (int32), s (bool) and the codes to keep (int32, q + delta)."""
+    def look_up(self, node: Lif, what: str, table: Array, index: str) -> str:
+        return self.op(
+            "Gather", [self.constant(f"{node.name}/{what}", table, np.int32), index], f"{node.name}/{what}", axis=0
+        )
+
+    def lif(self, node: Lif, x: str, leak: str) -> _Fired:
+        """One step from the leak decode[q + delta]. The code itself is only looked up where something reads it."""
         top = delta(node.bits)
-        decode = self.constant(f"{node.name}/decode", node.decode, np.int32)
-        leak = self.op("Gather", [decode, state], f"{node.name}/leak", axis=0)
         h = self.op("Add", [x, leak], f"{node.name}/membrane")
         if node.quantize == "pre_fire":
-            code = self.membrane_code(node, h)
+            index, codes = self.membrane_index(node, h)
+            code = self.look_up(node, "code", codes, index)
             s = self.op("Greater", [code, self.int32(node.q_th + top)], f"{node.name}/spikes")
-            return h, s, self.op("Where", [s, self.int32(top), code], f"{node.name}/state")
+            code = self.op("Where", [s, self.int32(top), code], f"{node.name}/kept")
+            return _Fired(h, s, self.look_up(node, "leak", node.decode, code), code)
         s = self.op("Greater", [h, self.int32(node.v_th)], f"{node.name}/spikes")
         low = self.int32(0)
         if node.reset == "soft":
             low = self.op("Sub", [h, self.int32(node.v_soft)], f"{node.name}/lowered")
         u = self.op("Where", [s, low, h], f"{node.name}/reset")
-        return h, s, self.membrane_code(node, u)
+        index, codes = self.membrane_index(node, u)
+        code = self.look_up(node, "code", codes, index) if self.trace else ""
+        return _Fired(h, s, self.look_up(node, "leak", node.decode[codes], index), code)
 
     def max_pool(self, node: MaxPool, x: str) -> str:
         window: dict[str, Any] = {
@@ -422,11 +429,6 @@ class _Writer:
 
     def sum_pool(self, node: SumPool, x: str) -> str:
         hi = self.proof.ranges[node.name][1]
-        if hi >= INT32_LIMIT:
-            raise LoweringError(
-                f"node {node.name!r}: its counts may reach {hi}, beyond the 32 bits of ONNX's integer sums."
-                " Use smaller windows"
-            )
         _, height, width = self.proof.shapes[node.source]
         kh, kw = node.kernel_height, node.kernel_width
         if (kh, kw, node.padding) == (height, width, 0):
@@ -477,36 +479,42 @@ class _Writer:
 
     # -------------------------------------------------------------------------------------------- the T steps
 
-    def step(self, frame: str, states: Mapping[str, str], total: str) -> _Step:
-        """Write one timestep. `states` are the LIF nodes' codes, `total` the readout's sum, or "" before the first."""
+    def step(self, frame: str, leaks: Mapping[str, str], total: str) -> tuple[dict[str, _Fired], str]:
+        """Write one timestep.
+
+        leaks    LIF node -> decode[q + delta] of the step before    total  the readout's sum, "" before the first step
+        returns  what each LIF node left behind, and the readout's sum
+        """
         values = dict(self.static)
-        h: dict[str, str] = {}
-        s: dict[str, str] = {}
-        codes: dict[str, str] = {}
+        fired: dict[str, _Fired] = {}
         for node in self.network.nodes[:-1]:
             if isinstance(node, Lif):
-                x = values[node.source]
-                h[node.name], s[node.name], codes[node.name] = self.lif(node, x, states[node.name])
-                values[node.name] = s[node.name]
+                fired[node.name] = self.lif(node, values[node.source], leaks[node.name])
+                values[node.name] = fired[node.name].s
             elif not self.proof.static[node.name]:
                 values[node.name] = self.value(node, values, frame)
         readout = self.network.readout
         x = self.number(readout.source, values[readout.source])
-        return _Step(h, s, codes, self.op("Add", [total, x], f"{readout.name}/total") if total else x)
+        return fired, self.op("Add", [total, x], f"{readout.name}/total") if total else x
 
-    def traced(self, step: _Step) -> dict[str, str]:
+    def traced(self, fired: Mapping[str, _Fired]) -> dict[str, str]:
         """Output name -> tensor of one step: h int32, s uint8, q int8 of every LIF node."""
         tensors = {}
         for node in self.network.lifs:
-            tensors[f"{node.name}.h"] = step.h[node.name]
-            tensors[f"{node.name}.s"] = self.cast(step.s[node.name], "uint8", node.name)
-            q = self.op("Sub", [step.codes[node.name], self.int32(delta(node.bits))], f"{node.name}/q")
+            state = fired[node.name]
+            tensors[f"{node.name}.h"] = state.h
+            tensors[f"{node.name}.s"] = self.cast(state.s, "uint8", node.name)
+            q = self.op("Sub", [state.code, self.int32(delta(node.bits))], f"{node.name}/q")
             tensors[f"{node.name}.q"] = self.cast(q, "int8", node.name)
         return tensors
 
+    def first_leaks(self) -> dict[str, int]:
+        """The leak of q = 0."""
+        return {node.name: int(node.decode[delta(node.bits)]) for node in self.network.lifs}
+
     def unrolled(self) -> str:
         """T copies of the step; returns the readout's sum."""
-        states = {node.name: self.int32(delta(node.bits)) for node in self.network.lifs}
+        leaks = {name: self.int32(leak) for name, leak in self.first_leaks().items()}
         steps: dict[str, list[str]] = {}
         total = ""
         for t in range(self.network.timesteps):
@@ -514,11 +522,11 @@ class _Writer:
             frame = INPUT
             if self.network.input.coding == "events":
                 frame = self.op("Gather", [INPUT, self.constant("step", t, np.int64)], f"{INPUT}/frame", axis=0)
-            step = self.step(frame, states, total)
-            states, total = dict(step.codes), step.total
+            fired, total = self.step(frame, leaks, total)
+            leaks = {name: state.leak for name, state in fired.items()}
             if self.trace:
                 axis = self.constant("axes", [0], np.int64)
-                for name, tensor in self.traced(step).items():
+                for name, tensor in self.traced(fired).items():
                     stacked = self.op("Unsqueeze", [tensor, axis], f"{name}/step")
                     steps.setdefault(name, []).append(stacked)
         self.scope = ""
@@ -532,28 +540,27 @@ class _Writer:
         proto = self.onnx.TensorProto
         network, readout = self.network, self.network.readout
         events = network.input.coding == "events"
-        carried = {node.name: (self.proof.shapes[node.name], delta(node.bits)) for node in network.lifs}
-        shapes = [*(shape for shape, _ in carried.values()), self.proof.shapes[readout.source]]
+        shapes = [self.proof.shapes[name] for name in (*(node.name for node in network.lifs), readout.source)]
         sizes = self.op("Shape", [INPUT], f"{INPUT}/shape")
         samples = self.op("Gather", [sizes, self.constant("axis", [int(events)], np.int64)], "samples", axis=0)
         starts = []
-        for place, start in enumerate([*(top for _, top in carried.values()), 0]):
-            full = self.op("Concat", [samples, self.shape(*shapes[place])], "state/shape", axis=0)
+        for shape, start in zip(shapes, [*self.first_leaks().values(), 0], strict=True):
+            full = self.op("Concat", [samples, self.shape(*shape)], "state/shape", axis=0)
             value = self.onnx.numpy_helper.from_array(np.array([start], np.int32), "")
             starts.append(self.op("ConstantOfShape", [full], "state/start", value=value))
         outer, outer_casts = self.out, self.casts
         self.out, self.casts, self.scope = [], {}, "@t"
-        states = {name: f"{name}/before@t#0" for name in carried}
+        leaks = {node.name: f"{node.name}/before@t#0" for node in network.lifs}
         total, frame = f"{readout.name}/before@t#0", f"{INPUT}/frame@t#0"
-        step = self.step(frame if events else INPUT, states, total)
-        traced = self.traced(step) if self.trace else {}
+        fired, summed = self.step(frame if events else INPUT, leaks, total)
+        traced = self.traced(fired) if self.trace else {}
         body_nodes, self.out, self.casts, self.scope = self.out, outer, outer_casts, ""
 
         def info(name: str, element: int, shape: Sequence[int]) -> Any:
             return make.make_tensor_value_info(name, element, ["N", *shape])
 
-        before = [*states.values(), total]
-        after = [*(step.codes[name] for name in states), step.total]
+        before = [*leaks.values(), total]
+        after = [*(state.leak for state in fired.values()), summed]
         inputs = [info(name, proto.INT32, shape) for name, shape in zip(before, shapes, strict=True)]
         if events:
             inputs.append(info(frame, proto.UINT8, self.proof.shapes[network.nodes[0].name]))
@@ -637,8 +644,8 @@ def to_onnx(
              outputs "logits" int32 [N, classes]; with `trace` also, for every LIF node in order, "<name>.h" int32,
                      "<name>.s" uint8 and "<name>.q" int8, each [T, N, C, H, W]. The class is the lowest index of the
                      largest logit.
-    raises   LoweringError  for a network that cannot be said exactly: counts beyond 32 bits, more multi-bit inputs than
-                            ConvInteger sums safely, constants over 2 GiB, more than 200,000 operators
+    raises   LoweringError  for a network that cannot be said exactly: more multi-bit inputs than ConvInteger sums
+                            safely, constants of about 2 GiB, more than 200,000 operators
              ConfigError    for an unknown form or carrier
              MissingError   where onnx is not installed
     """
