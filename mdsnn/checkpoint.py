@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mdsnn.kernels.container import MAX_FILE, canonical_json, pack, unpack
+from mdsnn.kernels.container import MAX_FILE, MAX_HEADER, canonical_json, pack, unpack
 from mdsnn.kernels.errors import ArtifactError, CheckpointError, FormatError, InputError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_bytes
 
@@ -40,6 +40,8 @@ _FIELDS: dict[str, type] = {
     "optimizer": dict,
     "recipe": dict,
 }
+_MAX_SIZE = 1 << 16
+"""No width, side or count of classes is larger."""
 _SHOWN = 3
 """How many tensor names a message quotes."""
 
@@ -131,9 +133,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """
     where = str(path)
     content = read_bounded(path, MAX_FILE, what="checkpoint")
-    if content[:2] == b"PK" or content[:1] == b"\x80":
+    if content[:1] in (b"P", b"\x80") and int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise CheckpointError(
-            f"{where}: this is a PyTorch pickle, not a checkpoint of mdsnn; read it with load_foreign"
+            f"{where}: this looks like a PyTorch checkpoint, not one of mdsnn; read it with load_foreign"
         )
     document, tensors = unpack(content, KEY, where, error=CheckpointError)
     found = document.get("format")
@@ -168,9 +170,11 @@ def build_model(checkpoint: Checkpoint) -> torch.nn.Module:
 
     from .models import build
 
-    where = checkpoint.where
+    where, tensors = checkpoint.where, checkpoint.group("model")
     try:
         _check_config(where, checkpoint)
+        with torch.device("meta"):  # shapes without memory: a hostile config allocates nothing
+            _compare(build(checkpoint.config).state_dict(), tensors, where)
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and then overwritten
             model: torch.nn.Module = build(checkpoint.config)
     except CheckpointError:
@@ -179,7 +183,7 @@ def build_model(checkpoint: Checkpoint) -> torch.nn.Module:
         raise CheckpointError(f"{where}: its config builds no model: {fault}") from fault
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError) as fault:
         raise CheckpointError(f"{where}: its config builds no model: {type(fault).__name__}: {fault}") from fault
-    apply(model, checkpoint.group("model"), where)
+    apply(model, tensors, where)
     return model.eval()
 
 
@@ -191,6 +195,12 @@ def apply(model: torch.nn.Module, tensors: Mapping[str, Array], where: str) -> N
     import torch
 
     state = model.state_dict()
+    _compare(state, tensors, where)
+    _check_finite(where, tensors)
+    model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in state})
+
+
+def _compare(state: Mapping[str, torch.Tensor], tensors: Mapping[str, Array], where: str) -> None:
     faults = []
     for what, names in (("missing", state.keys() - tensors.keys()), ("unknown", tensors.keys() - state.keys())):
         if names:
@@ -205,8 +215,6 @@ def apply(model: torch.nn.Module, tensors: Mapping[str, Array], where: str) -> N
         faults.append(f"{len(mixed)} of another kind of number, such as {', '.join(mixed[:_SHOWN])}")
     if faults:
         raise CheckpointError(f"{where}: tensors of another architecture: {'; '.join(faults)}")
-    _check_finite(where, tensors)
-    model.load_state_dict({name: torch.from_numpy(np.array(tensors[name])) for name in state})
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -283,27 +291,17 @@ def _check_finite(where: str, tensors: Mapping[str, Array]) -> None:
 
 
 def _check_config(where: str, checkpoint: Checkpoint) -> None:
-    """Refuse a configuration that asks for more than the file's own tensors, before a byte is allocated for it."""
-    elements = sum(x.size for x in checkpoint.tensors.values())
-    blocks, widths = checkpoint.config.get("blocks"), checkpoint.config.get("widths")
-    for name, values, limit in (("blocks", blocks, len(checkpoint.tensors)), ("widths", widths, elements)):
-        if values is None:
-            continue
-        if type(values) is not list or any(type(value) is not int or value < 1 for value in values):
-            raise CheckpointError(f"{where}: config: {name} = {values!r} must be a list of whole numbers above 0")
-        if sum(values) > limit:
-            raise CheckpointError(
-                f"{where}: config: {name} = {values!r} ask for more than its {limit} tensors or elements"
-            )
-    numbers = list(checkpoint.config.values())
+    """Bound what building takes in time and memory by the file: no more blocks than tensors, no number out of sight."""
+    blocks = checkpoint.config.get("blocks")
+    if type(blocks) is list and sum(n for n in blocks if type(n) is int) > len(checkpoint.tensors):
+        raise CheckpointError(f"{where}: config: blocks = {blocks} are more than its {len(checkpoint.tensors)} tensors")
+    numbers = list(checkpoint.config.items())
     while numbers:
-        value = numbers.pop()
-        if type(value) is list:
-            numbers.extend(value)
-        elif type(value) is dict:
-            numbers.extend(value.values())
-        elif type(value) is int and abs(value) > 1 << 20:
-            raise CheckpointError(f"{where}: config: {value} is over the limit of {1 << 20} for any size")
+        name, value = numbers.pop()
+        if type(value) in (list, dict):
+            numbers.extend((name, item) for item in (value.values() if type(value) is dict else value))
+        elif type(value) is int and abs(value) > _MAX_SIZE:
+            raise CheckpointError(f"{where}: config: {name} holds {value}, over the limit of {_MAX_SIZE}")
 
 
 # ----------------------------------------------------------------------------------------- PyTorch's own checkpoints

@@ -199,7 +199,7 @@ def unknown(what: str, name: str, choices: Collection[str]) -> str:
 
 def check_name(name: str) -> str:
     """Return `name` in lower case if `load` knows it; raises ConfigError, with the nearest name, if not."""
-    key = name.lower()
+    key = str(name).lower()
     if key in DATASETS:
         return key
     choices = sorted(DATASETS)
@@ -208,7 +208,7 @@ def check_name(name: str) -> str:
             f"data {name!r} has no reader in this version; available are {', '.join(choices)}"
             " (imagefolder reads your own files)"
         )
-    raise ConfigError(unknown("data", name, choices))
+    raise ConfigError(unknown("data", key, choices))
 
 
 def load(name: str, data_path: str | os.PathLike[str] | None = None) -> Dataset:

@@ -192,24 +192,35 @@ def _faults(config: TrainConfig) -> list[str]:
     if type(config.flip) is not bool:
         found.append(f"flip = {config.flip!r} is neither true nor false")
     weights = config.loss_weights
-    if len(weights) != 3 or any(type(w) not in (int, float) or not (math.isfinite(w) and w >= 0.0) for w in weights):
+    if (
+        type(weights) is not tuple
+        or len(weights) != 3
+        or any(type(w) not in (int, float) or not (math.isfinite(w) and w >= 0.0) for w in weights)
+    ):
         found.append(f"loss_weights = {weights!r} are not three numbers of at least 0")
     for name, limit in (("blocks", 1000), ("widths", 65_536)):
         value = getattr(config, name)
-        if value is not None and (not value or any(type(n) is not int or not 1 <= n <= limit for n in value)):
+        if value is None:
+            continue
+        if type(value) is not tuple or not value or any(type(n) is not int or not 1 <= n <= limit for n in value):
             found.append(f"{name} = {value!r} are not one or more whole numbers in 1..{limit}")
-    if config.depth is not None and config.depth not in DEPTHS:
+    if config.depth is not None and config.depth not in list(DEPTHS):
         found.append(
             f"depth = {config.depth!r} is none of {', '.join(map(str, DEPTHS))}; for others give blocks and widths"
         )
     if config.depth is not None and config.blocks is not None:
         found.append("depth and blocks are both given; they say the same thing")
-    if config.blocks is not None and config.widths is not None and len(config.blocks) != len(config.widths):
+    if type(config.blocks) is type(config.widths) is tuple and len(config.blocks) != len(config.widths):
         found.append(f"{len(config.blocks)} groups of blocks and {len(config.widths)} of widths")
+    if (config.quantize, config.reset) == ("pre_fire", "soft"):
+        found.append("quantize 'pre_fire' goes with reset 'hard' only")
     try:
         Grid(config.frac_bits, config.clip)
+    except FormatError as fault:
+        found.append(str(fault))
+    try:
         datasets.check_name(config.data)
-    except (FormatError, ConfigError) as fault:
+    except ConfigError as fault:
         found.append(str(fault))
     if config.setting == "qamd" and config.teacher_path is None:
         found.append("setting 'qamd' needs teacher_path (--teacher-path), the checkpoint of a teacher")
@@ -237,7 +248,9 @@ def recipe(data: str = "digits", setting: str = "original", **changes: Any) -> T
             raise ConfigError(datasets.unknown("recipe field", name, known))
     values: dict[str, Any] = {}
     if datasets.check_name(data) == "digits":
-        values = {**DIGITS, **(DIGITS_STUDENT if setting != "original" else {})}
+        values = {**DIGITS, **(DIGITS_TAUGHT if changes.get("teacher_path") is not None else {})}
+        if changes.get("depth") is not None:
+            values = {name: value for name, value in values.items() if name not in ("blocks", "widths")}
     return TrainConfig(**{**values, "data": data, "setting": setting, **changes})
 
 
@@ -253,8 +266,8 @@ DIGITS: dict[str, Any] = {
     "shift": 1,
 }
 """What `recipe` sets for the digits."""
-DIGITS_STUDENT: dict[str, Any] = {"epochs": 15, "lr": 2e-3, "blocks": None, "widths": None}
-"""And for their students, which start from the teacher's weights and shape."""
+DIGITS_TAUGHT: dict[str, Any] = {"epochs": 15, "lr": 2e-3, "blocks": None, "widths": None}
+"""And for students that have a teacher: they take its shape and, unless told otherwise, start from its weights."""
 
 
 def digits_recipe(setting: str = "original", **changes: Any) -> TrainConfig:

@@ -69,6 +69,9 @@ logger = logging.getLogger(__name__)
 FOREIGN = (".pth", ".pt")
 """Suffixes of PyTorch's own checkpoints; a teacher in one is a model of ours in other hands, by the recipe's shape."""
 LAST, FINAL, RECIPE, METRICS = "last.ckpt", "model.ckpt", "recipe.json", "metrics"
+_LOSSES = ("loss", "cross_entropy", "logit", "membrane")
+COLUMNS = ("epoch", *_LOSSES, "train_accuracy", "lr", "live_accuracy", "frozen_accuracy")
+"""Of metrics.csv; a row an epoch. Losses are means over the epoch; the last two stand in the last row only."""
 
 # --------------------------------------------------------------------------------------------- measuring a model
 
@@ -170,12 +173,12 @@ def train(
         run = _Run(config, data, resume=resume, force=force)
         try:
             run.loop(progress)
+            return run.finish()
         except KeyboardInterrupt:
             done = f"{run.epoch} of {config.epochs} epochs are saved in {run.folder}"
             message = f"interrupted; {done}. Go on with resume (mdsnn train ... --resume)"
             logger.warning(message)
             raise KeyboardInterrupt(message) from None
-        return run.finish()
 
 
 @contextmanager
@@ -211,7 +214,7 @@ class _Run:
         self.model.to(config.device)
         self.optimizer = _optimizer(self.model, self.config)
         self.document = {name: x for name, x in self.config.document().items() if name not in PATHS}
-        self.document |= {"data_sha256": self.data.digest(), "teacher_sha256": teacher_digest}
+        self.document |= {"data": self.data.name, "data_sha256": self.data.digest(), "teacher_sha256": teacher_digest}
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
@@ -237,6 +240,9 @@ class _Run:
     def loop(self, progress: Callable[[Progress], None] | None) -> None:
         while self.epoch < self.config.epochs:
             row = self._one_epoch(progress)
+            spoilt = [name for name, x in self.model.state_dict().items() if not bool(x.isfinite().all())]
+            if spoilt:
+                raise TrainingError(f"epoch {self.epoch + 1}: NaN or infinity in '{spoilt[0]}'. {_REMEDY}")
             self.history.append(row)
             self.epoch += 1
             self._save(LAST)
@@ -246,7 +252,7 @@ class _Run:
 
     def _one_epoch(self, progress: Callable[[Progress], None] | None) -> dict[str, Any]:
         self.model.train()
-        totals = {"loss": 0.0, "cross_entropy": 0.0, "logit": 0.0, "membrane": 0.0, "train_accuracy": 0.0}
+        totals = dict.fromkeys((*_LOSSES, "train_accuracy"), 0.0)
         order = torch.randperm(self.samples, generator=self.generator)
         rate = 0.0
         for step, index in enumerate(torch.tensor_split(order, self.steps)):  # sizes differ by at most one
@@ -259,7 +265,7 @@ class _Run:
             y = torch.from_numpy(self.data.train_y[index.numpy()]).to(self.config.device)
             losses, z = self._step(x, y)
             share = len(index) / self.samples
-            for name, part in zip(totals, losses, strict=False):
+            for name, part in zip(_LOSSES, losses, strict=True):
                 totals[name] += part * share
             totals["train_accuracy"] += float((z.argmax(1) == y).sum()) / self.samples
             self.step_seconds.append(time.perf_counter() - started)
@@ -270,7 +276,6 @@ class _Run:
     def _step(self, x: Tensor, y: Tensor) -> tuple[tuple[float, float, float, float], Tensor]:
         """One update; returns (loss, cross-entropy, logit, membrane) and the logits."""
         config = self.config
-        where = f"epoch {self.epoch + 1}"
         try:
             z = self.model(self._window(x, self.model))
             if self.teacher is None:
@@ -293,27 +298,27 @@ class _Run:
                     label_smoothing=config.label_smoothing,
                 )
         except FormatError as fault:  # a quantizer met a NaN
-            raise TrainingError(
-                f"{where}: {_first_not_finite(self.model, self._window(x, self.model)) or fault}. {_REMEDY}"
-            ) from fault
+            raise self._not_finite(x, "the forward pass is not finite", str(fault)) from fault
         values = [float(part.detach()) for part in (parts.total, parts.cross_entropy, parts.logit, parts.membrane)]
         if not math.isfinite(values[0]):
-            place = (
-                _first_not_finite(self.model, self._window(x, self.model)) or "no layer's output, so in the loss itself"
-            )
-            raise TrainingError(
-                f"{where}: the loss is {values[0]}; the first value that is not finite is in {place}. {_REMEDY}"
-            )
+            raise self._not_finite(x, f"the loss is {values[0]}", "the loss itself")
         self.optimizer.zero_grad(set_to_none=True)
         parts.total.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        if not bool(torch.isfinite(norm)):
-            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            raise TrainingError(
-                f"{where}: the gradient is not finite, first in {bad[-1] if bad else 'its norm'}. {_REMEDY}"
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
+        if not bool(norm.isfinite()):  # a spike hides a NaN from the loss, not from the gradient
+            bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+            raise self._not_finite(
+                x, "the gradient is not finite", f"the gradient of '{bad[-1]}'" if bad else "their norm"
             )
+        if config.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
         self.optimizer.step()
         return (values[0], values[1], values[2], values[3]), z.detach()
+
+    def _not_finite(self, x: Tensor, what: str, otherwise: str) -> TrainingError:
+        place = _first_not_finite(self.model, self._window(x, self.model)) or otherwise
+        return TrainingError(f"epoch {self.epoch + 1}: {what}; this begins in {place}. {_REMEDY}")
 
     def _window(self, x: Tensor, model: nn.Module) -> Tensor:
         """Event frames of a model's own time window: its first steps."""
@@ -379,20 +384,20 @@ class _Run:
 
     def _write_metrics(self) -> None:
         """metrics.csv and metrics.jsonl, whole, from the history: a resumed run leaves no row twice."""
-        names = list(dict.fromkeys(name for row in self.history for name in row))
+        rows = [{name: row[name] for name in COLUMNS if name in row} for row in self.history]
         text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.history)
+        writer.writerows(rows)
         write_text(self.folder / f"{METRICS}.csv", text.getvalue(), force=True)
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(self.folder / f"{METRICS}.jsonl", lines, force=True)
 
     def _write_recipe(self, results: Mapping[str, Any] | None = None) -> None:
         weight, membrane, bn = self.config.resolved_bits
         document = {
             "schema": "mdsnn.recipe/1",
-            "recipe": self.config.document(),
+            "recipe": {**self.config.document(), "data": self.data.name},
             "bits": {"weight": weight, "membrane": membrane, "bn": bn},
             "data_sha256": self.document["data_sha256"],
             "teacher_sha256": self.document["teacher_sha256"],
