@@ -480,8 +480,8 @@ class _Freezer:
         if bn is not None:
             gamma = quantize_bn(bn.weight, bn.bits, bn.grid).numpy()
             beta = quantize_bn(bn.bias, bn.bits, bn.grid).numpy()
-            mu = bn.running_mean.double().numpy()
-            sigma = np.sqrt(bn.running_var.double().numpy() + bn.eps)
+            statistics = bn.rounded_statistics(bn.running_mean.double(), bn.running_var.double())
+            mu, sigma = (value.numpy() for value in statistics)
         scale, offset = gamma * unit / sigma, beta + gamma * (bias - mu) / sigma
         low, high = sums.low.numpy(), sums.high.numpy()
         table = formats.affine_constants(scale, offset, low, high, self.grid)

@@ -48,10 +48,12 @@ from .quantizers import (
     ALPHA_FLOOR,
     BN_GRIDS,
     FULL_PRECISION,
+    STATISTICS_BITS,
     check_width,
     fake_quantize_bn,
     fake_quantize_membrane,
     fake_quantize_weight,
+    round_statistics,
     round_to_codes,
     round_to_grid,
 )
@@ -357,6 +359,7 @@ class QuantBatchNorm2d(Layer):
     grid         "eq4" or "wageubn"; see quantizers.quantize_bn
     output_grid  the residual grid: a student's output is rounded to it half up, and saturates at +-clip, as the frozen
                  table's does. None: not rounded (a teacher).
+    statistics_bits  32: mu and sigma stay real and vanish in the frozen table; 16: on WAGEUBN's grid of 2**-15
     Must follow a QuantConv2d or QuantLinear: the pair freezes into one integer affine per channel (section 2).
     """
 
@@ -371,10 +374,12 @@ class QuantBatchNorm2d(Layer):
         grid: str = "eq4",
         output_grid: Grid | None = None,
         *,
+        statistics_bits: int = FULL_PRECISION,
         eps: float = 1e-5,
         momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        round_statistics(torch.zeros(1), statistics_bits)  # raises for another width
         if grid not in BN_GRIDS:
             raise ConfigError(f"BN grid {grid!r} is not one of {', '.join(BN_GRIDS)}")
         self.channels, self.bits, self.grid, self.output_grid = (
@@ -383,24 +388,39 @@ class QuantBatchNorm2d(Layer):
             grid,
             output_grid,
         )
-        self.eps, self.momentum = eps, momentum
+        self.statistics_bits, self.eps, self.momentum = statistics_bits, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
     def live(self, x: Tensor) -> Tensor:
-        y = F.batch_norm(
-            fold(x),
-            self.running_mean,
-            self.running_var,
-            fake_quantize_bn(self.weight, self.bits, self.grid),
-            fake_quantize_bn(self.bias, self.bits, self.grid),
-            self.training,
-            self.momentum,
-            self.eps,
-        )
+        gamma = fake_quantize_bn(self.weight, self.bits, self.grid)
+        beta = fake_quantize_bn(self.bias, self.bits, self.grid)
+        means, variances = self.running_mean, self.running_var
+        if self.statistics_bits == FULL_PRECISION:
+            y = F.batch_norm(fold(x), means, variances, gamma, beta, self.training, self.momentum, self.eps)
+        else:
+            y = self._with_rounded_statistics(fold(x), gamma, beta)
         return unfold(y if self.output_grid is None else round_to_grid(y, self.output_grid), x)
+
+    def _with_rounded_statistics(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        if self.training:
+            variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            with torch.no_grad():
+                count = x.numel() // self.channels
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        else:
+            variance, mean = self.running_var, self.running_mean
+        mu, sigma = self.rounded_statistics(mean, variance)
+        return (x - mu[:, None, None]) / sigma[:, None, None] * gamma[:, None, None] + beta[:, None, None]
+
+    def rounded_statistics(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and sigma = sqrt(variance + eps) as they are used; a rounded sigma is at least one step, 2**-15."""
+        mu = round_statistics(mean, self.statistics_bits)
+        sigma = round_statistics(torch.sqrt(variance + self.eps), self.statistics_bits)
+        return mu, sigma if self.statistics_bits == FULL_PRECISION else sigma.clamp(min=2.0 ** (1 - STATISTICS_BITS))
 
     def integer(self, x: Tensor) -> Tensor:
         assert self.constants is not None  # forward chose
@@ -473,7 +493,8 @@ class LIF(Layer):
                "dynamic"  max|tanh(u)| of the step at hand, the paper's words: a prediction then depends on its batch;
                           freezing takes the largest of the last training batch
                "learned"  a parameter, started from the first training batch
-    tap        True: the live forward keeps its membrane h, with its graph, in `last_h`  [T, N, C, H, W]
+    tap        True: the live forward keeps its membrane h, with its graph, in `last_h`  [T, N, C, H, W];
+               "state": it keeps there what the step stores, the quantized membrane after the reset
     record     True: the frozen forward keeps h, s and q in `last_record`
     """
 
@@ -516,7 +537,7 @@ class LIF(Layer):
         else:
             self.register_buffer("alpha", torch.ones(()))
         self.register_buffer("alpha_batches", torch.zeros((), dtype=torch.int64))
-        self.tap = False
+        self.tap: bool | str = False
         self.record = False
         self.last_h: Tensor | None = None
         self.last_record: LifRecord | None = None
@@ -555,7 +576,7 @@ class LIF(Layer):
                 detach_reset=self.detach_reset,
             )
             spikes.append(s)
-            membranes.append(h)
+            membranes.append(u if self.tap == "state" else h)
         if self.training and peaks:
             self._observe(torch.stack(peaks).amax(), starting)
         self.last_h = torch.stack(membranes) if self.tap else None

@@ -19,6 +19,8 @@ from mdsnn.kernels.formats import Grid, check_bits, delta
 FULL_PRECISION = 32
 """The `bits` of a layer that is not quantized (a teacher's)."""
 BN_GRIDS = ("eq4", "wageubn")
+STATISTICS_BITS = 16
+"""The `statistics_bits` of a BN layer whose mu and sigma are quantized."""
 ALPHA_FLOOR = 2.0**-12
 """Smallest alpha while training: the step of the finest residual grid. A frozen alpha is clamped to its own grid."""
 
@@ -183,15 +185,39 @@ def fake_quantize_bn(w: Tensor, bits: int, grid: str = "eq4") -> Tensor:
     return cast(Tensor, _BatchNorm.apply(w, bits, grid))  # type: ignore[no-untyped-call]
 
 
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, steps: float) -> Tensor:
+        return torch.round(values * steps) / steps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def round_statistics(values: Tensor, bits: int) -> Tensor:
+    """BN's mu or sigma on WAGEUBN's 16-bit grid: rint(v * 2**15) / 2**15, not clipped; 32 bits: `values` itself.
+
+    gradient  the identity
+    raises    FormatError  for bits other than 16 and 32
+    """
+    if bits == FULL_PRECISION:
+        return values
+    if bits != STATISTICS_BITS:
+        raise FormatError(f"statistics_bits = {bits!r} is neither {STATISTICS_BITS} nor {FULL_PRECISION}")
+    return cast(Tensor, _Whole.apply(values, 2.0 ** (bits - 1)))  # type: ignore[no-untyped-call]
+
+
 # ----------------------------------------------------------------------------------------- the residual stream
 
 
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, step: float, low: float, high: float) -> Tensor:
-        codes = torch.floor(y / step + 0.5)
-        ctx.save_for_backward((codes >= low) & (codes <= high))
-        return torch.clamp(codes, low, high) * step
+        codes = y.div(step).add_(0.5).floor_()
+        rounded = codes.clamp(low, high)
+        ctx.save_for_backward(rounded == codes)
+        return rounded.mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

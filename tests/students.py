@@ -66,7 +66,8 @@ class _Builder:
         tensor.data.copy_(torch.from_numpy(self.rng.normal(0.0, spread, tensor.shape)))
 
     def bn(self, channels: int) -> QuantBatchNorm2d:
-        bn = QuantBatchNorm2d(channels, self.bits(), self.choices.pick(["eq4", "wageubn"]), self.grid)
+        grid, statistics = self.choices.pick(["eq4", "wageubn"]), self.choices.pick([32, 32, 16])
+        bn = QuantBatchNorm2d(channels, self.bits(), grid, self.grid, statistics_bits=statistics)
         self.randomize(bn.weight, 1.5)
         self.randomize(bn.bias, 0.7)
         self.randomize(bn.running_mean, 1.0)

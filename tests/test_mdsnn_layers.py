@@ -171,6 +171,35 @@ def test_bn_saturates_at_the_clip():
     assert bn(torch.tensor([5.0, -5.0]).reshape(1, 2, 1, 1, 1)).flatten().tolist() == [1.0, -1.0]
 
 
+def test_bn_with_16_bit_statistics():
+    bn, plain = (QuantBatchNorm2d(3, 8, "wageubn", statistics_bits=bits) for bits in (16, 32))
+    x = draw(2, 4, 3, 5, 5, seed=5) * 1e-4 + 0.3
+    x[:, :, 0] = 0.3  # sigma is sqrt(eps), 104 steps of 2**-15
+    for module in (bn, plain):
+        module(x)
+    torch.testing.assert_close(bn.running_mean, plain.running_mean)
+    torch.testing.assert_close(bn.running_var, plain.running_var)
+    bn.eval()
+    mu, sigma = bn.rounded_statistics(bn.running_mean, bn.running_var)
+    for value in (mu, sigma):
+        assert torch.equal(value * 2**15, (value * 2**15).round())
+    want = (x - mu[:, None, None]) / sigma[:, None, None] * (127 / 128)
+    torch.testing.assert_close(bn(x), want)
+    assert bn.rounded_statistics(torch.zeros(1), torch.full((1,), -bn.eps))[1].tolist() == [2.0**-15]
+    with pytest.raises(FormatError, match="statistics_bits = 8 is neither 16 nor 32"):
+        QuantBatchNorm2d(3, statistics_bits=8)
+
+
+def test_16_bit_statistics_pass_their_gradient_on():
+    bn, plain = (QuantBatchNorm2d(3, 32, statistics_bits=bits) for bits in (16, 32))
+    grads = []
+    for module in (bn, plain):
+        x = draw(2, 4, 3, 5, 5, seed=5).requires_grad_()
+        (module(x) * draw(2, 4, 3, 5, 5, seed=6)).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
 def test_another_bn_grid_is_refused():
     with pytest.raises(ConfigError, match="'mint' is not one of eq4, wageubn"):
         QuantBatchNorm2d(1, 8, "mint")
@@ -218,6 +247,16 @@ def test_a_tap_keeps_the_membrane_with_its_graph():
     lif.last_h.sum().backward()
     assert x.grad.abs().sum() > 0
     assert copy.deepcopy(lif).last_h is None
+
+
+def test_a_tap_may_read_the_stored_state():
+    lif, x = LIF(3, bits=3).eval(), draw(3, 1, 2, 4, 4)
+    lif.tap = True
+    lif(x)
+    h = lif.last_h
+    lif.tap = "state"
+    s = lif(x)
+    assert torch.equal(lif.last_h, fake_quantize_membrane(h * (1 - s), 3, lif.alpha))
 
 
 def observed_peak(lif, x):

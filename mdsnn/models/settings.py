@@ -50,6 +50,7 @@ class Settings:
     alpha: str = "ema"
     detach_reset: bool = False
     bn_grid: str = "eq4"
+    statistics_bits: int = FULL_PRECISION
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     grid: Grid = field(default_factory=Grid)
@@ -92,7 +93,9 @@ class Settings:
         return QuantLinear(in_features, out_features, weight_bits=self.weight_bits, generator=self.generator)
 
     def bn(self, channels: int) -> QuantBatchNorm2d:
-        return QuantBatchNorm2d(channels, self.bn_bits, self.bn_grid, self.output_grid)
+        return QuantBatchNorm2d(
+            channels, self.bn_bits, self.bn_grid, self.output_grid, statistics_bits=self.statistics_bits
+        )
 
     def lif(self) -> LIF:
         if self.surrogate not in SURROGATES:
