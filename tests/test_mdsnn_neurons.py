@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdsnn.kernels import reference
@@ -95,6 +95,7 @@ def test_neurons_that_do_not_exist_are_refused(reset, quantize, message):
         check_neuron(reset, quantize)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_integer_step_is_the_reference_bit_for_bit(data):
     bits = data.draw(st.integers(2, 8))

@@ -35,6 +35,7 @@ def grad_of(function, values):
     return x.grad.numpy(), upstream.numpy()
 
 
+@settings(deadline=None)
 @given(w=weights, bits=bits_2_to_8)
 def test_live_weight_codes_are_the_frozen_codes(w, bits):
     codes, alpha = quantize_tanh(torch.from_numpy(w), bits)
@@ -43,6 +44,7 @@ def test_live_weight_codes_are_the_frozen_codes(w, bits):
     assert float(alpha) == pytest.approx(frozen_alpha, rel=1e-15, abs=0)
 
 
+@settings(deadline=None)
 @given(w=weights, bits=bits_2_to_8)
 def test_fake_quantized_weight_is_alpha_times_code_over_delta(w, bits):
     codes, alpha = weight_codes(w, bits)
@@ -106,12 +108,14 @@ def test_32_bits_is_the_identity():
     assert round_to_codes(x, 32, 0.5) is x
 
 
+@settings(deadline=None)
 @given(w=hnp.arrays(np.float64, 7, elements=st.floats(-3, 3)), bits=bits_2_to_8)
 def test_weight_gradient(w, bits):
     grad, upstream = grad_of(lambda x: fake_quantize_weight(x, bits), w)
     np.testing.assert_allclose(grad, upstream * (1 - np.tanh(w) ** 2), rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(u=hnp.arrays(np.float64, 7, elements=st.floats(-3, 3)), bits=bits_2_to_8, alpha=st.floats(0.01, 1.0))
 def test_membrane_value_and_gradients(u, bits, alpha):
     top = delta(bits)
@@ -147,6 +151,7 @@ def test_another_bn_grid_is_refused():
         quantize_bn(torch.ones(1), 8, "mint")
 
 
+@settings(deadline=None)
 @given(w=hnp.arrays(np.float64, 7, elements=st.floats(-5, 5)), bits=bits_2_to_8)
 def test_bn_gradient(w, bits):
     grad, upstream = grad_of(lambda x: fake_quantize_bn(x, bits), w)
@@ -171,7 +176,7 @@ def test_shortcut_codes_are_half_up_and_saturate():
     np.testing.assert_array_equal(grad, upstream * np.array([1, 1, 1, 1, 0, 1, 0]))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(grid=st.builds(Grid, st.integers(5, 12), st.sampled_from([1, 8, 64])), seed=st.integers(0, 99))
 def test_grid_rounding_is_a_bn_tables(grid, seed):
     """The live rounding and clamp((y * 2**f + half) floored, -C, C) are one function."""
