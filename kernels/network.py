@@ -47,10 +47,22 @@ LOGITS = "logits"
 _WIDE_LIMIT = 2**62
 
 
+def _sealed(array: Array) -> bool:
+    owner: Any = array
+    while type(owner) is np.ndarray:
+        if owner.flags.writeable:
+            return False
+        owner = owner.base
+    if type(owner) is memoryview:
+        owner = owner.obj
+    return owner is None or type(owner) is bytes
+
+
 def _freeze(array: npt.ArrayLike, dtype: Any) -> Array:
     """A read-only, C-contiguous, native-endian copy of `array`, refused if a value does not survive `dtype`.
 
-    An array that is all this already, with nobody left to write to it, is taken as it is.
+    An array that is all this already is shared if it is sealed: read-only, and so is what it is a view of, down to an
+    array or `bytes`. Who seals an array keeps no writable view of it.
     """
     try:
         given = np.asarray(array)
@@ -58,9 +70,7 @@ def _freeze(array: npt.ArrayLike, dtype: Any) -> Array:
         raise NetworkError(f"no array: {fault}") from None
     if given.dtype.kind not in "iu":
         raise NetworkError(f"integers were expected, got {given.dtype}")
-    owner = given if given.base is None else given.base
-    sealed = type(owner) is np.ndarray and not owner.flags.writeable and not given.flags.writeable
-    if sealed and given.dtype == dtype and given.flags.c_contiguous and given.flags.aligned:
+    if _sealed(given) and given.dtype == dtype and given.flags.c_contiguous and given.flags.aligned:
         return given
     copy = np.array(given, dtype=dtype, order="C")
     if not np.can_cast(given.dtype, copy.dtype) and not np.array_equal(copy, given):
