@@ -377,7 +377,6 @@ def prepare(workload: Workload, load: Load, chip: Chip, precision: Precision = O
     places = {layer.name: place for place, layer in enumerate(workload.layers)}
     cell_bits, coding = chip.integer("cell.bits"), chip.choice("mapping.coding")
     middle = ((1 << cell_bits) - 1) / 2
-    fixed = chip["noc.fixed_hops"] if chip.choice("noc.distance") == "fixed" else None
     works: list[_LayerWork] = []
     for place, entry in enumerate(mapped):
         layer, counts = entry.layer, load.layers[entry.layer.name]
@@ -402,7 +401,7 @@ def prepare(workload: Workload, load: Load, chip: Chip, precision: Precision = O
                 sites * layer.bn_entry_bits if dense else 0.0,
                 float(counts.inputs.sum()) * layer.planes,
                 float(layer.values_in * layer.planes * layer.steps),
-                plan.hops(place, tuple(places[name] for name in layer.feeders)) if fixed is None else fixed,
+                float(plan.hops(place, tuple(places[name] for name in layer.feeders))),
                 driven * outputs,
                 float(layer.steps * layer.sites * layer.planes),
             )
@@ -418,7 +417,7 @@ def prepare(workload: Workload, load: Load, chip: Chip, precision: Precision = O
         {name: float(counts.sum()) for name, counts in load.spikes.items()},
         load.pools,
         _table_bits(workload, precision),
-        float(load.layers[first.name].inputs.sum()) * 8,
+        float(load.layers[first.name].inputs.sum()) * 8 if workload.input_table_bits else 0.0,
     )
 
 
@@ -532,7 +531,8 @@ def _energy_ledger(prepared: Prepared, chip: Chip, area: float) -> tuple[Entry, 
     e_adc, adc_names = adc_energy(chip, adc_bits), adc_keys(adc_bits, "energy")
     cell = ("cell.v_read", "cell.t_read")
     bit, bit_key = chip["memory.bit_energy"], ("memory.bit_energy",)
-    dense = chip.choice("noc.mode") == "dense"
+    dense, fixed = chip.choice("noc.mode") == "dense", chip.choice("noc.distance") == "fixed"
+    hop_keys = ("noc.fixed_hops",) if fixed else ()
     pitch = math.sqrt(area / max(1, len(prepared.plan.tiles)))
     entries: list[Entry] = []
 
@@ -551,11 +551,12 @@ def _energy_ledger(prepared: Prepared, chip: Chip, area: float) -> tuple[Entry, 
         add(name, "spike memory", work.read_bits, bit, *bit_key)
         add(name, "BN", work.bn_outputs, chip["digital.bn_energy"], "digital.bn_energy")
         add(name, "BN", work.bn_read_bits, bit, *bit_key)
+        hops = chip["noc.fixed_hops"] if fixed else work.hops
         if dense:
             per_hop = chip["noc.bit_mm_energy"] * pitch
-            add(name, "transport", work.transfer_bits * work.hops, per_hop, "noc.bit_mm_energy")
+            add(name, "transport", work.transfer_bits * hops, per_hop, "noc.bit_mm_energy", *hop_keys)
         else:
-            add(name, "transport", work.transfers * work.hops, chip["noc.hop_energy"], "noc.hop_energy")
+            add(name, "transport", work.transfers * hops, chip["noc.hop_energy"], "noc.hop_energy", *hop_keys)
     workload = prepared.workload
     add("", "input table", prepared.input_reads, bit, *bit_key)
     update = chip["neuron.leak_energy"] + chip["neuron.add_energy"] + chip["neuron.compare_energy"]
@@ -733,7 +734,7 @@ class ThreeEnergies:
 
     ann_density   share of the ANN's activations that are not 0 (assumed)
     break_even    spike density at which the SNN, under independent spikes, costs what the ANN costs; None if there is
-                  none in 0..1
+                  none in 0..1, and then `cheaper` says which of the two, "SNN" or "ANN", costs less at every density
     """
 
     synaptic: float
@@ -742,6 +743,7 @@ class ThreeEnergies:
     ann_bits: int
     ann_density: float
     break_even: float | None
+    cheaper: str | None
 
 
 def three_energies(cost: PhysicalCost, chip: Chip, ann_density: float = 0.5) -> ThreeEnergies:
@@ -758,11 +760,16 @@ def three_energies(cost: PhysicalCost, chip: Chip, ann_density: float = 0.5) -> 
     ann = energy(ann_workload(workload, bits), ann_density)
     low, high = 1e-6, 1.0  # not 0: at density 0 even the image would be dark
     found: float | None = None
-    if energy(workload, low) <= ann <= energy(workload, high):
+    cheaper: str | None = None
+    if energy(workload, high) < ann:
+        cheaper = "SNN"
+    elif energy(workload, low) > ann:
+        cheaper = "ANN"
+    else:
         for _ in range(14):
             middle = (low + high) / 2
             low, high = (middle, high) if energy(workload, middle) < ann else (low, middle)
         found = (low + high) / 2
     return ThreeEnergies(
-        sum(parts.get(part, 0.0) for part in CROSSBAR_PATH), cost.totals.energy, ann, bits, ann_density, found
+        sum(parts.get(part, 0.0) for part in CROSSBAR_PATH), cost.totals.energy, ann, bits, ann_density, found, cheaper
     )

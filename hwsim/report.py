@@ -349,6 +349,7 @@ def _physical_report(
             "ann_bits": energies.ann_bits,
             "ann_density": energies.ann_density,
             "break_even_density": energies.break_even,
+            "cheaper_at_every_density": energies.cheaper,
             "density": _activity(workload, load)["density"],
         },
         _shares(cost, chip),
@@ -567,10 +568,15 @@ def summary(report: Report) -> str:
         lines.append(f"{what}: " + ", ".join(f"{r['component']} {r['share']:.0%}" for r in rows[:6]))
     if report.energies is not None:
         e = report.energies
-        even = "none" if e["break_even_density"] is None else f"{e['break_even_density']:.1%}"
+        at = e["break_even_density"]
+        even = (
+            f"break-even density {at:.1%}"
+            if at is not None
+            else f"{e['cheaper_at_every_density']} cheaper at any density"
+        )
         lines.append(
             f"synaptic only {number(e['synaptic_uJ'])} uJ, all {number(e['full_uJ'])} uJ, {e['ann_bits']}-bit ANN "
-            f"{number(e['ann_uJ'])} uJ, break-even density {even}"
+            f"{number(e['ann_uJ'])} uJ, {even}"
         )
     if report.precisions:
         lines.append(f"{'precision':<34} {'basis':<10} {'uJ':>9} {'ms':>8} {'mm2':>8} {'TOPS/W':>8} {'EDAP':>10}")
