@@ -23,7 +23,7 @@ Carriers. How the products of convolutions and linear layers are summed:
            could reach 2**31 takes int32 MatMul (Linear) or is refused (Conv; more than 14,000 multi-bit inputs).
     float  Conv and MatMul in float32 on integer values, cast back to int32, where the proof bounds the accumulator
            below 2**24: then every partial sum is exact in any order. A layer beyond that falls back to `int` by itself.
-           Several times faster than `int` in ONNX Runtime on most machines. It relies on float32 sums: an execution
+           Which one is faster depends on the processor's 8-bit instructions. It relies on float32 sums: an execution
            provider that computes float convolutions in TF32, bf16, or by Winograd or FFT is not exact.
 
 Both carriers give the same integers. A network this file cannot say exactly is a LoweringError that names the node.
@@ -31,7 +31,6 @@ Both carriers give the same integers. A network this file cannot say exactly is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -174,9 +173,16 @@ class _Writer:
         return name
 
     def constant(self, label: str, value: npt.ArrayLike, dtype: Any) -> str:
-        """The initializer that holds `value`; the same value under the same label is stored once."""
+        """The initializer that holds `value`, stored once.
+
+        A label with a slash, "<node>/<what>", stands for one value; what nodes share is known by its content.
+        """
+        key: tuple[Any, ...] = (label, np.dtype(dtype).str)
+        if "/" in label and key in self.constants:
+            return self.constants[key]
         array = np.array(value, dtype=dtype, order="C")  # keeps a scalar a scalar
-        key = (label, array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
+        if "/" not in label:
+            key = (*key, array.shape, array.tobytes())
         if key not in self.constants:
             self.bytes += array.nbytes
             if self.bytes > MAX_CONSTANTS:
@@ -395,9 +401,9 @@ class _Writer:
         return position, np.arange(len(theta) + 1)
 
     def look_up(self, node: Lif, what: str, table: Array, index: str) -> str:
-        return self.op(
-            "Gather", [self.constant(f"{node.name}/{what}", table, np.int32), index], f"{node.name}/{what}", axis=0
-        )
+        """table[index], int32."""
+        stored = self.constant(f"{node.name}/{what}", table, np.int32)
+        return self.op("Gather", [stored, index], f"{node.name}/{what}", axis=0)
 
     def lif(self, node: Lif, x: str, leak: str) -> _Fired:
         """One step from the leak decode[q + delta]. The code itself is only looked up where something reads it."""
@@ -798,7 +804,7 @@ class OnnxExecutor:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only
+        options.log_severity_level = 4  # what goes wrong is raised, not printed
         try:
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as fault:  # its exceptions share no base but Exception
@@ -825,9 +831,10 @@ class OnnxExecutor:
 
         pixels   uint8 [N, C, H, W] for image coding, [T, N, C, H, W] for events
         returns  logits (N, classes) int32, and h, s, q of the LIF nodes if the model has these outputs
-        raises   InputError  for pixels that do not fit
+        raises   InputError     for pixels that do not fit
+                 ArtifactError  where ONNX Runtime fails on the model
         """
-        values = dict(zip(self._outputs, self._session.run(None, {INPUT: self._check(pixels)}), strict=True))
+        values = dict(zip(self._outputs, self._execute(None, pixels), strict=True))
         lifs = {
             name[:-2]: LifTrace(values[name], values[name[:-2] + ".s"], values[name[:-2] + ".q"])
             for name in self._outputs[1:]
@@ -837,8 +844,16 @@ class OnnxExecutor:
 
     def logits(self, pixels: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Only the logits (N, classes) int32: ONNX Runtime then returns nothing else."""
-        logits: npt.NDArray[np.int32] = self._session.run([LOGITS], {INPUT: self._check(pixels)})[0]
+        logits: npt.NDArray[np.int32] = self._execute([LOGITS], pixels)[0]
         return logits
+
+    def _execute(self, outputs: list[str] | None, pixels: npt.ArrayLike) -> list[Array]:
+        array = self._check(pixels)
+        try:
+            values: list[Array] = self._session.run(outputs, {INPUT: array})
+        except Exception as fault:  # as above; our own models only fail where memory ends
+            raise ArtifactError(f"ONNX Runtime {self.version} fails on {array.size} pixels: {fault}") from fault
+        return values
 
     __call__ = run
 
