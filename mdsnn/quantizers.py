@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mdsnn.kernels.errors import FormatError
-from mdsnn.kernels.formats import Grid, check_bits, delta
+from mdsnn.kernels.formats import Grid, check_bits, delta, weight_codes
 
 FULL_PRECISION = 32
 """The `bits` of a layer that is not quantized (a teacher's)."""
@@ -45,6 +45,9 @@ def quantize_tanh(
 ) -> tuple[Tensor, Tensor]:
     """Round `tanh(w)` to 2*delta + 1 symmetric levels (MD-SNN Eq. 3; MINT's quantizer), in float64.
 
+    On the CPU the codes come from `formats.weight_codes` itself, so that live and frozen codes cannot differ; float64
+    tanh of another device may be an ulp off NumPy's, which moves a code only within that ulp of a tie.
+
     w       any shape, real
     bits    2..8
     alpha   the scale; default max|tanh(w)|, or 1 where that is 0
@@ -56,6 +59,9 @@ def quantize_tanh(
     top = delta(bits)
     if name is not None:
         check_finite(w, name)
+    if alpha is None and w.device.type == "cpu" and bool(torch.isfinite(w).all()):
+        codes, peak = weight_codes(w.detach().double().numpy(), bits)
+        return torch.from_numpy(codes).double(), torch.tensor(peak, dtype=torch.float64)
     squashed = torch.tanh(w.detach().double())
     if alpha is None:
         scale = squashed.abs().amax() if squashed.numel() else squashed.new_zeros(())
