@@ -11,7 +11,7 @@ from setuptools import setup
 NATIVE = os.path.join("kernels", "build_native.py")
 
 setup(
-    packages=["mdsnn", "mdsnn.models", "mdsnn.kernels", "mdsnn.export", "mdsnn.hwsim"],
+    packages=["mdsnn", "mdsnn.cli", "mdsnn.models", "mdsnn.kernels", "mdsnn.export", "mdsnn.hwsim"],
     package_dir={"mdsnn": "mdsnn", "mdsnn.kernels": "kernels", "mdsnn.export": "export", "mdsnn.hwsim": "hwsim"},
     package_data={
         "mdsnn": ["assets/*", "py.typed"],

@@ -7,7 +7,10 @@ a missing extra or executor), 130 Ctrl-C. Errors are one line without a tracebac
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -80,9 +83,60 @@ def cli() -> None:
     """
 
 
+def printable(text: str) -> str:
+    """`text` with control characters and undecodable bytes escaped; line ends are kept."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _fail(message: str, code: int) -> int:
-    click.echo(f"mdsnn: error: {message}", err=True)
+    for line in printable(message).split("\n"):
+        if line.strip():
+            click.echo(f"mdsnn: error: {line}", err=True)
     return code
+
+
+def _invoke(words: list[str]) -> int:
+    try:
+        with cli.make_context("mdsnn", words) as ctx:
+            cli.invoke(ctx)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    return 0
+
+
+def _leave_stdout() -> bool:
+    """Whether stdout takes no more; if so what is left for it goes nowhere, so that the end of Python stays silent."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _explain(fault: BaseException) -> int:
+    """Say what went wrong in one line, or one a fault, and return the exit code."""
+    if isinstance(fault, click.UsageError):
+        path = fault.ctx.command_path if fault.ctx else "mdsnn"
+        return _fail(f"{fault.format_message()}  (`{path} --help` explains)", 2)
+    if isinstance(fault, click.ClickException):
+        return _fail(fault.format_message(), 2)
+    if isinstance(fault, click.Abort | KeyboardInterrupt):
+        return _fail(str(fault) or "stopped by Ctrl-C; every file that was written is whole", 130)
+    if isinstance(fault, MdsnnError):
+        return _fail(str(fault), fault.exit_code)
+    if isinstance(fault, MemoryError):
+        return _fail("out of memory: lower --batch-size or --limit, or close other programs", 3)
+    if isinstance(fault, BrokenPipeError):
+        _leave_stdout()
+        return 0  # the reader has what it wanted, as in `mdsnn info FILE | head -1`
+    if isinstance(fault, OSError):
+        full = fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # our files name themselves
+        where = f"{fault.filename}: " if fault.filename else "standard output: " if _leave_stdout() or full else ""
+        return _fail(f"{where}{fault.strerror or fault}", EnvironmentFault.exit_code)
+    text = str(fault).split("\n", 1)[0]
+    return _fail(f"internal error, {type(fault).__name__}: {text} (this is a bug; --debug shows where)", 3)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -91,30 +145,17 @@ def main(args: Sequence[str] | None = None) -> int:
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
-    if debug:
-        return int(cli.main(words, prog_name="mdsnn", standalone_mode=False) or 0)
-    try:
-        return int(cli.main(words, prog_name="mdsnn", standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as fault:
-        click.echo(fault.format_message(), err=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
+    if not words:
+        with contextlib.redirect_stdout(sys.stderr):
+            _invoke(["--help"])
         return 2
-    except click.UsageError as fault:
-        path = fault.ctx.command_path if fault.ctx else "mdsnn"
-        return _fail(f"{fault.format_message()}  (`{path} --help` explains)", 2)
-    except click.ClickException as fault:
-        return _fail(fault.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt) as fault:
-        return _fail(str(fault) or "stopped by Ctrl-C; every file that was written is whole", 130)
-    except MdsnnError as fault:
-        return _fail(str(fault), fault.exit_code)
-    except MemoryError:
-        return _fail("out of memory: lower --batch-size or --limit, or close other programs", 3)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nobody to tell
-        return 0
-    except OSError as fault:
-        where = f"{fault.filename}: " if fault.filename else ""
-        return _fail(f"{where}{fault.strerror or fault}", EnvironmentFault.exit_code)
-    except Exception as fault:
-        text = str(fault).splitlines()[0] if str(fault) else ""
-        return _fail(f"internal error, {type(fault).__name__}: {text} (this is a bug; --debug shows where)", 3)
+    try:
+        return _invoke(words)
+    except (Exception, KeyboardInterrupt) as fault:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        return _explain(fault)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import EXECUTORS, JsonCommand, extra, force_option, json_option, read_data, write_json
+from .options import (
+    EXECUTORS,
+    JsonCommand,
+    check_environment,
+    check_outputs,
+    extra,
+    force_option,
+    json_option,
+    read_data,
+    write_json,
+)
 from .terminal import progress, say, table
 
 if TYPE_CHECKING:
@@ -29,13 +39,22 @@ Runner = Callable[["npt.NDArray[np.uint8]"], "npt.NDArray[np.int32]"]
 @click.argument("artifact", metavar="ARTIFACT")
 @click.option("--checkpoint", help="Time frozen PyTorch too, from this student checkpoint.")
 @click.option(
-    "--data", default="auto", show_default=True, help="builtin:digits, digits, an .npy file; auto: what fits."
+    "--data",
+    default="auto",
+    show_default=True,
+    help="builtin:digits, a data set or an .npy file; auto: the built-in digits if they fit, else random pixels.",
 )
 @click.option("--data-path", help="Where the data set lies, for those that need it.")
-@click.option("--executors", help="Comma-separated; default: all that are there.")
-@click.option("--batch-size", default="1,64", show_default=True, help="Batch sizes, comma-separated.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024))
-@click.option("--repeats", default=7, show_default=True, type=click.IntRange(3))
+@click.option("--executors", help=f"Comma-separated, of {', '.join(TIMED)}; default: all that are there.")
+@click.option("--batch-size", default="1,64", show_default=True, help="Images a call, comma-separated.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024), help="CPU threads.")
+@click.option(
+    "--repeats",
+    default=7,
+    show_default=True,
+    type=click.IntRange(3, 10_000),
+    help="Rounds; the median counts.",
+)
 @json_option
 @force_option
 def command(
@@ -53,10 +72,15 @@ def command(
     """Time the executors of ARTIFACT on real data, interleaved, medians of REPEATS rounds.
 
     What is timed is first checked: any logit that differs from the NumPy reference stops the benchmark (exit 1).
-    Example: mdsnn bench builtin:digits
+
+    \b
+    Examples:
+      mdsnn bench builtin:digits
+      mdsnn bench student.mdsnn --checkpoint student/model.ckpt --data digits --executors native,torch
     """
+    check_outputs([json_file], force=force, inputs=[artifact, checkpoint])
     sizes = _sizes(batch_size)
-    names = tuple(executors.split(",")) if executors else None
+    names = None if executors is None else tuple(executors.split(","))
     document = measure(
         artifact,
         checkpoint=checkpoint,
@@ -70,7 +94,7 @@ def command(
     if not write_json(document, json_file, force=force):
         show(document)
     if not document["equal"]:
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -81,9 +105,15 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def show(document: dict[str, Any]) -> None:
-    """Print the measurements, and the activity behind them."""
+    """Print the measurements, and the activity behind them; or who differs, and then nothing was timed."""
     for name, reason in document["left_out"].items():
         say(f"left out: {name}: {reason}")
+    if not document["equal"]:
+        click.echo(
+            f"logits differ from the NumPy reference: {', '.join(document['differs'])}; nothing was timed."
+            " `mdsnn verify` says where"
+        )
+        return
     rows = [
         [
             r["executor"],
@@ -105,11 +135,13 @@ def prepare(
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """Runners by executor name, and why the others were left out. A chosen one that is missing is an error."""
     from mdsnn.kernels import Engine, engine
-    from mdsnn.kernels.errors import ConfigError, MdsnnError, MissingError
+    from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
 
     for name in names or ():
         if name not in TIMED:
             raise ConfigError(f"executor {name!r} is none of {', '.join(TIMED)}")
+    if names is not None and len(set(names)) != len(names):
+        raise ConfigError(f"executors {','.join(names)!r}: name each once")
 
     def make(name: str) -> Runner:
         if name in engine.KERNELS:
@@ -121,7 +153,7 @@ def prepare(
             logits: Runner = module.OnnxExecutor(model, threads=threads).logits
             return logits
         if checkpoint is None:
-            raise MissingError("executor 'torch' needs --checkpoint")
+            raise InputError("the executor 'torch' needs --checkpoint, the student this artifact was exported from")
         from .verify import torch_executor
 
         torch = extra("train", "torch")
@@ -159,6 +191,7 @@ def measure(
 
     from .doctor import machine
 
+    check_environment()
     network = artifact.load(path)
     pixels = _pixels(network, data, data_path)
     axis = pixels.ndim - 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import JsonCommand, extra, force_option, json_option, write_json
+from .options import JsonCommand, check_outputs, extra, force_option, json_option, write_json
 from .terminal import table
 
 
@@ -18,8 +18,14 @@ from .terminal import table
 def command(action: str, chip: str | None, json_file: str | None, force: bool) -> None:
     """List the shipped chips, or show every constant of CHIP (a name or a .toml file) with its source.
 
-    Example: mdsnn chips show fefet32
+    \b
+    Examples:
+      mdsnn chips
+      mdsnn chips show fefet32
     """
+    check_outputs([json_file], force=force)
+    if action == "list" and chip is not None:
+        raise click.UsageError(f"to list takes no chip; did you mean: mdsnn chips show {chip}")
     if action == "show" and chip is None:
         raise click.UsageError("name a chip: mdsnn chips show fefet32")
     document = constants(str(chip)) if action == "show" else listing()

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .options import EXECUTORS, JsonCommand, extra, json_option, write_json
+from .options import EXECUTORS, JsonCommand, check_outputs, extra, json_option, not_empty, write_json
 from .terminal import human_bytes, say, table
 
 DATA = "digits"
@@ -21,22 +21,31 @@ SUMMARY = "summary.json"
 
 
 @click.command(cls=JsonCommand)
-@click.option("--out", default="runs/demo", show_default=True, help="The folder to fill.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--out", default="runs/demo", show_default=True, callback=not_empty, help="The folder to fill.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, (1 << 63) - 1),
+    help="Of weights, order and augmentation.",
+)
 @click.option("--force", is_flag=True, help="Start over in a folder that holds a finished demo.")
 @json_option
 def command(out: str, seed: int, force: bool, json_file: str | None) -> None:
     """From 1,797 real images to a verified integer network and a crossbar report, in a few minutes on two cores.
 
     Stopped half-way (Ctrl-C, power), the same command goes on. Each step is a command of its own, named as it runs.
+
+    Example: mdsnn demo --out runs/demo
     """
+    check_outputs([json_file], force=force)
     document = demo(Path(out), seed=seed, force=force)
     if not write_json(document, json_file, force=force):
         click.echo("")
         table(document["table"]["headers"], document["table"]["rows"])
     say(f"\nAll of it: {Path(out) / SUMMARY}; the crossbar report: {Path(out) / 'report.html'}")
     if not document["agrees"]:
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
 
 
 class _Steps:

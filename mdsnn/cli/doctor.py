@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .options import JsonCommand, force_option, json_option, write_json
+from .options import JsonCommand, check_environment, check_outputs, force_option, json_option, write_json
 from .terminal import human_bytes, table
 
 REQUIRED = ("numpy", "cffi", "click", "pillow")
@@ -32,7 +32,10 @@ def command(json_file: str | None, force: bool) -> None:
     """Check the machine, the libraries and the engines; every lack comes with the line that cures it.
 
     Exit code 0 if the light install (info, run, bench) works, 3 if something it needs is broken.
+
+    Example: mdsnn doctor --json doctor.json
     """
+    check_outputs([json_file], force=force)
     document = examine()
     to_stdout = write_json(document, json_file, force=force)
     if not to_stdout:
@@ -41,7 +44,7 @@ def command(json_file: str | None, force: bool) -> None:
         rows = [[c["part"], "ok" if c["ok"] else "LACKS", c["found"], c["cure"]] for c in document["checks"]]
         table(["part", "state", "found", "cure"], rows)
     if not document["ok"]:
-        raise SystemExit(3)
+        raise click.exceptions.Exit(3)
 
 
 def _library(name: str) -> tuple[bool, str]:
@@ -51,9 +54,17 @@ def _library(name: str) -> tuple[bool, str]:
     except metadata.PackageNotFoundError:
         return False, "not installed"
     module = MODULES.get(name, name)
-    probe = subprocess.run(
-        [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=120, check=False
-    )
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        return False, f"{version} is installed, but to import it failed: {fault!s:.120}"
     if probe.returncode:
         last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         return False, f"{version} is installed but does not import: {last:.120}"
@@ -100,8 +111,11 @@ def examine() -> dict[str, Any]:
     for variable in ("MDSNN_ENGINE", "MDSNN_ISA", "MDSNN_THREADS"):
         checks.append({"part": variable, "ok": True, "found": os.environ.get(variable, "not set"), "cure": ""})
     fine &= _environment(check)
-    disk = shutil.disk_usage(os.getcwd())
-    check("disk", disk.free > 1 << 30, f"{human_bytes(disk.free)} free here", "free 1 GiB for runs and reports")
+    try:
+        free = shutil.disk_usage(".").free
+        check("disk", free > 1 << 30, f"{human_bytes(free)} free here", "free 1 GiB for runs and reports")
+    except OSError as fault:
+        check("disk", False, f"this folder cannot be read: {fault.strerror}", "change to another folder")
     return {"schema": "mdsnn.doctor/1", "ok": fine, "machine": machine(), "checks": checks}
 
 
@@ -111,6 +125,7 @@ def _environment(check: Any) -> bool:
 
     try:
         found = f"{engine.choose()}, {engine.thread_count()} threads"
+        check_environment()
     except MdsnnError as fault:
         return bool(check("engine in use", False, str(fault), "unset or correct the variable"))
     return bool(check("engine in use", True, found, ""))
@@ -128,9 +143,14 @@ def machine() -> dict[str, str]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory"] = human_bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     from mdsnn.kernels import native
+    from mdsnn.kernels.errors import MdsnnError
 
     if native.missing() is None:
-        found["C levels"] = f"{', '.join(native.isa_levels())} (in use: {native.isa()})"
+        try:
+            used = f"in use: {native.isa()}"
+        except MdsnnError as fault:
+            used = str(fault)
+        found["C levels"] = f"{', '.join(native.isa_levels())} ({used})"
     return found
 
 

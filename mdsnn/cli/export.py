@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import JsonCommand, check_outputs, extra, force_option, json_option, read_data, write_json
+from .options import (
+    JsonCommand,
+    check_folder,
+    check_outputs,
+    extra,
+    force_option,
+    json_option,
+    not_empty,
+    read_data,
+    write_json,
+)
 from .terminal import human_bytes, progress, say, table
 
 if TYPE_CHECKING:
@@ -18,7 +28,13 @@ if TYPE_CHECKING:
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("-o", "--output", required=True, metavar="FILE.mdsnn", help="The artifact to write.")
 @click.option("--onnx", metavar="FILE.onnx", help="Also write an ONNX model of integer tensors.")
-@click.option("--onnx-form", type=click.Choice(["unrolled", "scan"]), default="unrolled", show_default=True)
+@click.option(
+    "--onnx-form",
+    type=click.Choice(["unrolled", "scan"]),
+    default="unrolled",
+    show_default=True,
+    help="unrolled: T copies of the graph; scan: one, in a loop.",
+)
 @click.option(
     "--onnx-carrier",
     type=click.Choice(["int", "float"]),
@@ -26,8 +42,15 @@ if TYPE_CHECKING:
     show_default=True,
     help="How convolutions carry their integers; float is faster in ONNX Runtime and exact below 2^24.",
 )
-@click.option("--vectors", metavar="DIR", help="Also write test vectors for a hardware team (see the manifest).")
-@click.option("--vector-samples", default=2, show_default=True, type=click.IntRange(1, 64))
+@click.option(
+    "--vectors",
+    metavar="DIR",
+    callback=not_empty,
+    help="Also write test vectors for a hardware team (see the manifest).",
+)
+@click.option(
+    "--vector-samples", default=2, show_default=True, type=click.IntRange(1, 64), help="Samples in the vectors."
+)
 @click.option("--data", default="digits", show_default=True, help="Where the vectors' samples come from.")
 @click.option("--data-path", help="Where the data set lies, for those that need it.")
 @click.option(
@@ -37,7 +60,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="auto: a layer's table is dense if it takes at most --bn-budget bytes.",
 )
-@click.option("--bn-budget", default=65536, show_default=True, type=click.IntRange(0, 1 << 30))
+@click.option(
+    "--bn-budget", default=65536, show_default=True, type=click.IntRange(0, 1 << 30), help="Bytes, see --bn-table."
+)
 @json_option
 @force_option
 def command(
@@ -57,19 +82,26 @@ def command(
 ) -> None:
     """Lower the student in CKPT to integers, prove every width, and write it.
 
-    The same checkpoint gives the same bytes. Example: mdsnn export runs/demo/student/model.ckpt -o student.mdsnn
+    The same checkpoint gives the same bytes.
+
+    \b
+    Examples:
+      mdsnn export student/model.ckpt -o student.mdsnn
+      mdsnn export student/model.ckpt -o student.mdsnn --onnx student.onnx --vectors vectors --vector-samples 4
     """
     from mdsnn.export import artifact
 
-    check_outputs([output, onnx, json_file], force=force)
+    check_outputs([output, onnx, json_file], force=force, inputs=[checkpoint])
+    if vectors is not None:
+        check_folder(vectors, force=force)
     network = lower_checkpoint(checkpoint, bn_table=bn_table, bn_budget=bn_budget)
+    pixels = None if vectors is None else read_data(network, data, data_path, limit=vector_samples)[0]
     written: dict[str, Any] = {"artifact": {"path": output, "bytes": artifact.save(network, output, force=force)}}
     if onnx is not None:
         written["onnx"] = {"path": onnx, "bytes": write_onnx(network, onnx, onnx_form, onnx_carrier, force=force)}
-    if vectors is not None:
+    if vectors is not None and pixels is not None:
         from mdsnn.export.vectors import write_vectors
 
-        pixels, _ = read_data(network, data, data_path, limit=vector_samples)
         with progress("vectors") as tick:
             count = write_vectors(network, pixels, vectors, force=force, progress=tick)
         written["vectors"] = {"path": vectors, "arrays": count}
@@ -79,16 +111,30 @@ def command(
 
 
 def lower_checkpoint(path: str, *, bn_table: str = "auto", bn_budget: int = 65536) -> IntegerNetwork:
-    """The integer network of a student checkpoint. Raises CheckpointError, LoweringError."""
+    """The integer network of a student checkpoint. Raises CheckpointError (a teacher's, for one), LoweringError."""
+    from mdsnn.kernels.errors import LoweringError, MdsnnError
+
+    lowering = extra("train", "mdsnn.export.lower")
+    model, labels = frozen_student(path)
+    try:
+        network: IntegerNetwork = lowering.lower(model, bn_table=bn_table, bn_budget=bn_budget, labels=labels)
+    except MdsnnError as fault:
+        raise LoweringError(f"{path}: {fault}") from fault
+    return network
+
+
+def frozen_student(path: str) -> tuple[Any, tuple[str, ...]]:
+    """The frozen model of a student checkpoint and its labels. Raises CheckpointError, LoweringError with the path."""
+    from mdsnn.kernels.errors import LoweringError, MdsnnError
+
     checkpoints = extra("train", "mdsnn.checkpoint")
     freezing = extra("train", "mdsnn.freeze")
-    lowering = extra("train", "mdsnn.export.lower")
     checkpoint = checkpoints.load(path)
-    model = freezing.freeze(checkpoints.build_model(checkpoint))
-    network: IntegerNetwork = lowering.lower(
-        model, bn_table=bn_table, bn_budget=bn_budget, labels=tuple(checkpoint.document["labels"])
-    )
-    return network
+    model = checkpoints.build_model(checkpoint)
+    try:
+        return freezing.freeze(model), tuple(checkpoint.document["labels"])
+    except MdsnnError as fault:
+        raise LoweringError(f"{path}: {fault}") from fault
 
 
 def write_onnx(

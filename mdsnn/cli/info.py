@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import JsonCommand, force_option, json_option
+from .options import JsonCommand, check_outputs, force_option, json_option, write_json
 from .terminal import human_bytes, table
 
 
@@ -18,10 +18,14 @@ from .terminal import human_bytes, table
 def command(artifact: str, notes: bool, json_file: str | None, force: bool) -> None:
     """Show the graph, bits, tables, bounds and bytes of ARTIFACT (a file, or builtin:digits).
 
-    Everything shown was recomputed from the codes while loading. Example: mdsnn info builtin:digits
-    """
-    from .options import write_json
+    Everything shown was recomputed from the codes while loading.
 
+    \b
+    Examples:
+      mdsnn info builtin:digits
+      mdsnn info student.mdsnn --notes
+    """
+    check_outputs([json_file], force=force, inputs=[artifact])
     document = describe(artifact)
     if write_json(document, json_file, force=force):
         return

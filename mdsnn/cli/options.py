@@ -27,7 +27,17 @@ EXECUTORS = ("reference", "numba", "native", "torch", "onnx")
 
 
 class JsonCommand(click.Command):
-    """A command with `--json [FILE]`: bare for stdout, or with a file that ends in .json."""
+    """A command with `--json [FILE]`: bare for stdout, or with a file that ends in .json.
+
+    Its option names may be written with dashes or underscores: --save_path is --save-path.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        keywords["context_settings"] = {
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+            **keywords.get("context_settings", {}),
+        }
+        super().__init__(*args, **keywords)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words: list[str] = []
@@ -38,16 +48,34 @@ class JsonCommand(click.Command):
                 words += [word, *rest]
                 break
             if word == "--json":
-                word = f"--json={rest.pop(0) if rest and (rest[0].endswith('.json') or rest[0] == '-') else '-'}"
+                named = bool(rest) and (rest[0].lower().endswith(".json") or rest[0] == "-")
+                word = f"--json={rest.pop(0) if named else '-'}"
             words.append(word)
         return super().parse_args(ctx, words)
+
+
+def _json_file(_ctx: click.Context, _option: click.Parameter, name: str | None) -> str | None:
+    if name is not None and name != "-" and not name.lower().endswith(".json"):
+        raise click.BadParameter(f"{name!r} does not end in .json")
+    return name
 
 
 def json_option(function: F) -> F:
     """`--json [FILE]`: the result as JSON, on stdout or in FILE (which must end in .json)."""
     return click.option(
-        "--json", "json_file", metavar="[FILE.json]", help="The result as JSON, on stdout or into FILE.json."
+        "--json",
+        "json_file",
+        metavar="[FILE.json]",
+        callback=_json_file,
+        help="The result as JSON, on stdout or into FILE.json.",
     )(function)
+
+
+def not_empty(_ctx: click.Context, _option: click.Parameter, text: str | None) -> str | None:
+    """A click callback that refuses an empty text: as a path it would silently mean the folder one is in."""
+    if text == "":
+        raise click.BadParameter("is empty; '.' means this folder")
+    return text
 
 
 def force_option(function: F) -> F:
@@ -91,13 +119,55 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
-def check_outputs(paths: Sequence[str | os.PathLike[str] | None], *, force: bool) -> None:
-    """Fail before long work if an output cannot be written or exists (see kernels/files.py)."""
+def check_outputs(
+    paths: Sequence[str | os.PathLike[str] | None],
+    *,
+    force: bool,
+    inputs: Sequence[str | os.PathLike[str] | None] = (),
+) -> None:
+    """Fail before long work if an output cannot be written or exists (see kernels/files.py), or is named twice.
+
+    inputs  files that are read: none of them may be an output too, not even with `force`
+    raises  StorageError, InputError
+    """
     from mdsnn.kernels.files import check_writable
 
+    taken = {os.path.realpath(path): "is read as an input" for path in inputs if path is not None}
     for path in paths:
-        if path is not None and str(path) != "-":
-            check_writable(path, force=force)
+        if path is None or str(path) == "-":
+            continue
+        check_writable(path, force=force)
+        real = os.path.realpath(path)
+        if real in taken:
+            raise InputError(f"{path}: {taken[real]}, so it cannot be an output too; name another file")
+        taken[real] = "is named as an output already"
+
+
+def check_folder(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Fail before long work if a folder that is to be filled holds anything already, or is a file."""
+    from mdsnn.kernels.errors import StorageError
+
+    try:
+        held = os.listdir(path)
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise StorageError(f"{path}: no folder that can be written: {fault.strerror or fault}") from fault
+    if held and not force:
+        raise StorageError(f"{path}: holds files and is kept; name an empty folder, or pass --force")
+
+
+def check_environment() -> None:
+    """Refuse an MDSNN_ENGINE, MDSNN_THREADS or MDSNN_ISA that means nothing here, even where options override it.
+
+    raises  ConfigError, MissingError
+    """
+    from mdsnn.kernels import engine, native
+
+    engine.choose()
+    engine.thread_count()
+    if native.missing() is None:
+        native.isa()
 
 
 def read_data(

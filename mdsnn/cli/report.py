@@ -59,10 +59,17 @@ def command(
 ) -> None:
     """Map ARTIFACT onto the crossbars of a chip and say what it costs, with spikes measured on real data.
 
-    Without -o it prints one screen. Every constant in the report carries its source. Example:
-    mdsnn report builtin:digits --chip fefet32 -o report.html
+    Without -o it prints one screen. Every constant in the report carries its source.
+
+    \b
+    Examples:
+      mdsnn report builtin:digits --chip fefet32
+      mdsnn report student.mdsnn --data digits -o report.html --csv layers.csv --json report.json
     """
-    check_outputs([output, csv_file, save_activity, json_file], force=force)
+    check_outputs([output, csv_file, save_activity, json_file], force=force, inputs=[artifact, chip, activity])
+    for path, endings in ((output, (".html", ".json", ".csv")), (csv_file, (".csv",))):
+        if path is not None and not path.endswith(endings):
+            raise ConfigError(f"{path}: a report is written as {', '.join(endings)}; this name ends in neither")
     report = make(
         artifact,
         chip=chip,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import JsonCommand, force_option, json_option, write_json
+from .options import JsonCommand, check_outputs, force_option, json_option, write_json
 from .terminal import table
 
 
@@ -30,8 +30,15 @@ def command(
     """Classify IMAGE files (PNG, JPEG, ...) or one .npy batch with ARTIFACT.
 
     The scores are the integer logits: only their order means something. `builtin:digits` names the artifact that ships
-    in the package, and as an IMAGE its 64 test digits. Example: mdsnn run builtin:digits builtin:digits --top 1
+    in the package, and as an IMAGE its 64 test digits.
+
+    \b
+    Examples:
+      mdsnn run builtin:digits builtin:digits --top 1
+      mdsnn run student.mdsnn seven.png photo.jpg --resize
+      mdsnn run student.mdsnn batch.npy --json scores.json
     """
+    check_outputs([json_file], force=force, inputs=[artifact, *images])
     document = classify(artifact, images, top=top, resize=resize, engine=engine)
     if write_json(document, json_file, force=force):
         return
@@ -51,12 +58,15 @@ def classify(
     from mdsnn.export import artifact
     from mdsnn.images import load_pixels
     from mdsnn.kernels import Engine
+    from mdsnn.kernels.errors import InputError
 
     from .options import read_data
 
     network = artifact.load(path)
     spec = network.input
-    if images[0].startswith(artifact.BUILTIN):
+    if any(image.startswith(artifact.BUILTIN) for image in images):
+        if len(images) > 1:
+            raise InputError(f"{artifact.BUILTIN}... comes alone, but {len(images)} images were given")
         pixels, _ = read_data(network, images[0])
         names = [f"{images[0]}[{i}]" for i in range(len(pixels))]
     else:

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from . import printable
+
 Tick = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -19,7 +21,10 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _rich() -> Any:
+def _rich(stream: Any) -> Any:
+    """rich.console if it is installed and `stream` is a terminal."""
+    if stream is None or not stream.isatty():
+        return None
     try:
         import rich.console
     except ImportError:
@@ -29,17 +34,18 @@ def _rich() -> Any:
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """A table on stdout: numbers right, words left."""
-    cells = [[("" if value is None else str(value)) for value in row] for row in rows]
+    cells = [[("" if value is None else printable(str(value)).replace("\n", "\\n")) for value in row] for row in rows]
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
-    console = _rich() if sys.stdout.isatty() else None
+    console = _rich(sys.stdout)
     if console is not None:
         from rich.table import Table
+        from rich.text import Text
 
         grid = Table(title=title or None, title_justify="left", header_style="bold")
         for header, right in zip(headers, numeric, strict=True):
             grid.add_column(header, justify="right" if right else "left", overflow="fold")
         for row in cells:
-            grid.add_row(*(cell.replace("[", "\\[") for cell in row))
+            grid.add_row(*map(Text, row))
         console.Console().print(grid)
         return
     if title:
@@ -65,7 +71,7 @@ def _is_number(text: str) -> bool:
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Tick]:
     """A progress bar on stderr: a live one on a terminal, a line every few seconds otherwise."""
-    console = _rich() if sys.stderr.isatty() else None
+    console = _rich(sys.stderr)
     if console is not None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

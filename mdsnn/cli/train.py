@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import JsonCommand, extra, force_option, json_option, write_json
+from .options import JsonCommand, check_outputs, extra, force_option, json_option, not_empty, write_json
 from .terminal import progress, say, table
 
 
@@ -21,10 +21,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
     return tuple(int(part) for part in parts)
 
 
-@click.command(
-    cls=JsonCommand,
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --save_path is --save-path
-)
+@click.command(cls=JsonCommand)
 @click.option(
     "--paper-setting",
     type=click.Choice(["original", "student", "qamd"]),
@@ -35,7 +32,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
 @click.option("--data", default="digits", show_default=True, help="The data set: digits, imagefolder.")
 @click.option("--data-path", help="Where the data set lies (imagefolder: train/CLASS/*, test/CLASS/*).")
 @click.option("--teacher-path", help="The teacher's checkpoint, for qamd.")
-@click.option("--save-path", help="The run's folder. Default: runs/DATA-SETTING.")
+@click.option("--save-path", callback=not_empty, help="The run's folder. Default: runs/DATA-SETTING.")
 @click.option("--model", help="ms_resnet or vgg.")
 @click.option("--model-depth", "depth", type=int, help="18 or 34 (MS-ResNet); or give --blocks and --widths.")
 @click.option("--blocks", callback=_numbers, help="Blocks a group, such as 1,1,1.")
@@ -47,10 +44,10 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
 @click.option("--bn-bits", type=int, help="Bits of the BN parameters.")
 @click.option("--loss", help="CLK: cross-entropy + logits + membrane KL; CLM: MSE for KL; CL: no membranes.")
 @click.option("--distill", "taps", help="Where membranes are compared: conv, block or group.")
-@click.option("--epochs", type=int)
-@click.option("--batch-size", type=int)
+@click.option("--epochs", type=int, help="Passes over the training images.")
+@click.option("--batch-size", type=int, help="Images a step.")
 @click.option("--lr", type=float, help="Highest learning rate.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Of weights, order and augmentation.")
 @click.option("--threads", type=int, help="CPU threads; 0: as torch has them.")
 @click.option("--device", help="cpu or cuda.")
 @click.option(
@@ -78,12 +75,17 @@ def command(
     A run folder holds recipe.json, metrics.csv, last.ckpt (to resume from) and model.ckpt. Stop with Ctrl-C at any
     time; --resume goes on exactly. The accuracy of a student is that of its frozen, integer forward.
     """
+    check_outputs([json_file], force=force)
     changes = {name: value for name, value in chosen.items() if value is not None}
     changes.setdefault("save_path", f"runs/{data}-{paper_setting}")
     changes.update(_settings(settings))
     document = run(paper_setting, data, changes, resume=resume, force=force)
     if not write_json(document, json_file, force=force):
         show(document)
+
+
+_OPTION_OF = {"setting": "--paper-setting", "data": "--data", "save_path": "--save-path"}
+"""Fields of the recipe that --set leaves alone."""
 
 
 def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -93,9 +95,12 @@ def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--set")
+        option = _OPTION_OF.get(key.replace("-", "_"))
+        if option is not None:
+            raise click.BadParameter(f"{key!r} has an option of its own: {option}", param_hint="--set")
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = value
         found[key.replace("-", "_")] = tuple(parsed) if isinstance(parsed, list) else parsed
     return found

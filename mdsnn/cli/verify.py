@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import EXECUTORS, JsonCommand, check_outputs, extra, force_option, json_option, read_data, write_json
+from mdsnn.kernels.errors import StorageError
+
+from .options import (
+    EXECUTORS,
+    JsonCommand,
+    check_environment,
+    check_outputs,
+    extra,
+    force_option,
+    json_option,
+    not_empty,
+    read_data,
+    write_json,
+)
 from .terminal import Tick, progress, say, table
 
 if TYPE_CHECKING:
@@ -30,8 +45,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Comma-separated, the baseline first. All must run: one that is missing is exit code 3.",
 )
-@click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1, 4096))
-@click.option("--save-dir", default=".", show_default=True, help="Where a divergence is saved, with a script.")
+@click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1, 4096), help="Samples a comparison.")
+@click.option(
+    "--save-dir",
+    default=".",
+    show_default=True,
+    callback=not_empty,
+    help="Where a divergence is saved, with a script; created if missing.",
+)
 @json_option
 @force_option
 def command(
@@ -50,10 +71,17 @@ def command(
     """Run ARTIFACT in every executor on real data and compare every h, s, q and logit.
 
     Exit code 0 if all agree, 1 if anything differs or an executor failed: then the first divergence (layer, step,
-    index, both values) is named, and saved with a script that reproduces it. Without torch or a checkpoint, choose:
-    mdsnn verify builtin:digits --data builtin:digits --executors reference,native
+    index, both values) is named, and saved with a script that reproduces it. Without torch or a checkpoint, choose
+    the executors.
+
+    \b
+    Examples:
+      mdsnn verify student.mdsnn --checkpoint student/model.ckpt --data digits
+      mdsnn verify builtin:digits --data builtin:digits --executors reference,native
     """
-    check_outputs([json_file], force=force)
+    check_outputs([json_file], force=force, inputs=[artifact, checkpoint, onnx])
+    if Path(save_dir).exists() and not Path(save_dir).is_dir():
+        raise StorageError(f"{save_dir}: is no folder; --save-dir names one")
     document = check(
         artifact,
         checkpoint=checkpoint,
@@ -68,16 +96,19 @@ def command(
     if not write_json(document, json_file, force=force):
         show(document)
     if not document["agrees"] or document["constants"]:
-        raise SystemExit(1)
+        if "save_error" in document:
+            raise StorageError(f"the divergence was not saved: {document['save_error']}")
+        raise click.exceptions.Exit(1)
 
 
 def torch_executor(checkpoint: str, *, logits_only: bool = False) -> Callable[[Any], Any]:
     """Frozen PyTorch on a student checkpoint: pixels to a Trace, or to logits only (faster, for timing)."""
     from mdsnn.kernels.engine import LifTrace, Trace
 
-    checkpoints = extra("train", "mdsnn.checkpoint")
+    from .export import frozen_student
+
     freezing = extra("train", "mdsnn.freeze")
-    model = freezing.freeze(checkpoints.build_model(checkpoints.load(checkpoint)))
+    model, _ = frozen_student(checkpoint)
     if logits_only:
         import torch
 
@@ -156,7 +187,9 @@ def check(
     """Verify an artifact (schema mdsnn.verify/1, with accuracies where the data has labels)."""
     from mdsnn.export import artifact
     from mdsnn.export.verify import compare_constants, match_bn_forms, save_divergence, verify
+    from mdsnn.kernels.files import make_folder
 
+    check_environment()
     network = artifact.load(path)
     made = make_executors(network, executors, checkpoint, onnx)
     pixels, labels = read_data(network, data, data_path, limit)
@@ -175,8 +208,12 @@ def check(
         document["constants"] = [str(found) for found in compare_constants(network, fresh)]
     if outcome.first is not None:
         document["divergence"] = str(outcome.first)
-        record, script = save_divergence(outcome.first, pixels, path, save_dir)
-        document["saved"] = [str(record), str(script)]
+        place = path if path.startswith(artifact.BUILTIN) else os.path.abspath(path)
+        try:
+            saved = save_divergence(outcome.first, pixels, place, make_folder(save_dir))
+            document["saved"] = [str(file) for file in saved]
+        except StorageError as fault:  # the finding is told first, and then that it was not kept
+            document["save_error"] = str(fault)
     return document
 
 
@@ -206,6 +243,7 @@ def show(document: dict[str, Any]) -> None:
     )
     if "divergence" in document:
         click.echo(f"first divergence: {document['divergence']}")
-        click.echo(f"saved: {', '.join(document['saved'])}  (run the script to see it again)")
+        if "saved" in document:
+            click.echo(f"saved: {', '.join(document['saved'])}  (run the script to see it again)")
     for text in document["constants"]:
         click.echo(f"artifact and checkpoint differ: {text}")
