@@ -142,8 +142,8 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise StorageError(f"{folder}: cannot be created: {fault.strerror or fault}") from fault
+    except (OSError, ValueError) as fault:  # ValueError: a NUL in the name, or one that cannot be encoded
+        raise StorageError(f"{folder}: cannot be created: {getattr(fault, 'strerror', None) or fault}") from fault
     return folder
 
 
