@@ -300,7 +300,7 @@ OWN_AVERAGE = Precision("own, mid-range cells", None, None, True)
 PRECISIONS = (FP32_SIGNIFICAND24, FP32_BITS32, BITS8, BITS4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the ledger: `count` times `unit` (J or m2), and the constants it rests on. layer "" is the chip."""
 
@@ -524,65 +524,77 @@ def _t_pe(chip: Chip) -> float:
     return chip["clock.pe_cycles"] / chip["clock.frequency"]
 
 
-def _energy_ledger(prepared: Prepared, chip: Chip, area: float) -> tuple[Entry, ...]:
+def _unit_energies(prepared: Prepared, chip: Chip, area: float) -> dict[str, tuple[str, float, tuple[str, ...]]]:
+    """Every unit cost of the energy ledger: what is counted -> (component, J each, the constants it rests on)."""
     read = chip["cell.v_read"] ** 2 * chip["cell.t_read"]
     step = (chip["cell.g_max"] - chip["cell.g_min"]) / ((1 << chip.integer("cell.bits")) - 1)
-    adc_bits = chip.integer("adc.bits")
-    e_adc, adc_names = adc_energy(chip, adc_bits), adc_keys(adc_bits, "energy")
-    cell = ("cell.v_read", "cell.t_read")
-    bit, bit_key = chip["memory.bit_energy"], ("memory.bit_energy",)
-    dense, fixed = chip.choice("noc.mode") == "dense", chip.choice("noc.distance") == "fixed"
-    hop_keys = ("noc.fixed_hops",) if fixed else ()
-    pitch = math.sqrt(area / max(1, len(prepared.plan.tiles)))
+    adc_bits, bit = chip.integer("adc.bits"), chip["memory.bit_energy"]
+    memory = ("memory.bit_energy",)
+    update = ("neuron.leak_energy", "neuron.add_energy", "neuron.compare_energy")
+    hops = ("noc.fixed_hops",) if chip.choice("noc.distance") == "fixed" else ()
+    if chip.choice("noc.mode") == "dense":  # a hop is as long as a tile is wide
+        pitch = math.sqrt(area / len(prepared.plan.tiles))
+        transport = ("transport", chip["noc.bit_mm_energy"] * pitch, ("noc.bit_mm_energy", *hops))
+    else:
+        transport = ("transport", chip["noc.hop_energy"], ("noc.hop_energy", *hops))
+    return {
+        "cell": ("array", read * chip["cell.g_min"], ("cell.v_read", "cell.t_read", "cell.g_min")),
+        "level": ("array", read * step, ("cell.v_read", "cell.t_read", "cell.g_min", "cell.g_max")),
+        "conversion": ("ADC", adc_energy(chip, adc_bits), adc_keys(adc_bits, "energy")),
+        "mux": ("MUX", chip["mux.energy"], ("mux.energy",)),
+        "shift-add": ("shift-add", chip["digital.shift_add_energy"], ("digital.shift_add_energy",)),
+        "offset": ("offset removal", chip["diff.energy"], ("diff.energy",)),
+        "spike bit": ("spike memory", bit, memory),
+        "bn": ("BN", chip["digital.bn_energy"], ("digital.bn_energy",)),
+        "bn bit": ("BN", bit, memory),
+        "hop": transport,
+        "input bit": ("input table", bit, memory),
+        "update": ("neuron", sum(chip[key] for key in update), update),
+        "reset": ("neuron", chip["neuron.reset_energy"], ("neuron.reset_energy",)),
+        "add": ("neuron", chip["digital.add_energy"], ("digital.add_energy",)),
+        "pool": ("pool", chip["digital.add_energy"], ("digital.add_energy",)),
+        "state bit": ("membrane memory", bit, memory),
+    }
+
+
+def _energy_ledger(prepared: Prepared, chip: Chip, area: float) -> tuple[Entry, ...]:
+    units = _unit_energies(prepared, chip, area)
+    fixed = chip["noc.fixed_hops"] if chip.choice("noc.distance") == "fixed" else None
+    dense = chip.choice("noc.mode") == "dense"
     entries: list[Entry] = []
 
-    def add(layer: str, component: str, count: float, unit: float, *keys: str) -> None:
+    def add(layer: str, what: str, count: float) -> None:
         if count:
+            component, unit, keys = units[what]
             entries.append(Entry(layer, component, count, unit, keys))
 
     for work in prepared.layers:
         name = work.mapped.layer.name
-        add(name, "array", work.cell_reads, read * chip["cell.g_min"], *cell, "cell.g_min")
-        add(name, "array", work.level_reads, read * step, *cell, "cell.g_min", "cell.g_max")
-        add(name, "ADC", work.conversions, e_adc, *adc_names)
-        add(name, "MUX", work.conversions, chip["mux.energy"], "mux.energy")
-        add(name, "shift-add", work.conversions, chip["digital.shift_add_energy"], "digital.shift_add_energy")
-        add(name, "offset removal", work.visit_outputs, chip["diff.energy"], "diff.energy")
-        add(name, "spike memory", work.read_bits, bit, *bit_key)
-        add(name, "BN", work.bn_outputs, chip["digital.bn_energy"], "digital.bn_energy")
-        add(name, "BN", work.bn_read_bits, bit, *bit_key)
-        hops = chip["noc.fixed_hops"] if fixed else work.hops
-        if dense:
-            per_hop = chip["noc.bit_mm_energy"] * pitch
-            add(name, "transport", work.transfer_bits * hops, per_hop, "noc.bit_mm_energy", *hop_keys)
-        else:
-            add(name, "transport", work.transfers * hops, chip["noc.hop_energy"], "noc.hop_energy", *hop_keys)
+        add(name, "cell", work.cell_reads)
+        add(name, "level", work.level_reads)
+        for what in ("conversion", "mux", "shift-add"):
+            add(name, what, work.conversions)
+        add(name, "offset", work.visit_outputs)
+        add(name, "spike bit", work.read_bits)
+        add(name, "bn", work.bn_outputs)
+        add(name, "bn bit", work.bn_read_bits)
+        sent = work.transfer_bits if dense else work.transfers
+        add(name, "hop", sent * (work.hops if fixed is None else fixed))
     workload = prepared.workload
-    add("", "input table", prepared.input_reads, bit, *bit_key)
-    update = chip["neuron.leak_energy"] + chip["neuron.add_energy"] + chip["neuron.compare_energy"]
+    add("", "input bit", prepared.input_reads)
     for population in workload.populations:
-        bits = prepared.membrane_bits[population.name]
+        name, bits = population.name, prepared.membrane_bits[population.name]
         updates = float(workload.timesteps * population.neurons)
-        name = population.name
-        add(
-            name,
-            "neuron",
-            updates * bits / 8,
-            update,
-            "neuron.leak_energy",
-            "neuron.add_energy",
-            "neuron.compare_energy",
-        )
-        add(name, "neuron", prepared.spikes[name], chip["neuron.reset_energy"], "neuron.reset_energy")
-        add(name, "membrane memory", 2 * updates * bits, bit, *bit_key)
+        add(name, "update", updates * bits / 8)
+        add(name, "reset", prepared.spikes[name])
+        add(name, "state bit", 2 * updates * bits)
     for op in workload.stream_ops:
         runs = float(op.elements * op.steps)
         if op.kind in ("add", "requantize"):
-            add(op.name, "neuron", runs, chip["digital.add_energy"], "digital.add_energy")
+            add(op.name, "add", runs)
         else:  # every spike is counted into each window that holds it
-            reach = op.window * op.elements / op.values_in
-            add(op.name, "pool", prepared.pools[op.name] * reach, chip["digital.add_energy"], "digital.add_energy")
-        add(op.name, "membrane memory", 2 * runs * op.stored_bits, bit, *bit_key)
+            add(op.name, "pool", prepared.pools[op.name] * op.window * op.elements / op.values_in)
+        add(op.name, "state bit", 2 * runs * op.stored_bits)
     return tuple(entries)
 
 
