@@ -1,0 +1,273 @@
+"""The benchmark's networks: MS-ResNets with random weights in which every LIF layer fires at a wanted density.
+
+Speed depends on shapes and on how many neurons fire, not on what a network has learned. `calibrate` walks a random
+network in order of execution: each BN takes the statistics of the calibration images, and the beta of the last BN
+before each LIF layer is bisected until that layer fires at the wanted density. Densities are equal in all layers, which
+those of a trained network are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from mdsnn import models
+from mdsnn.export.lower import lower
+from mdsnn.freeze import freeze
+from mdsnn.kernels.errors import ConfigError
+from mdsnn.kernels.network import Conv, IntegerNetwork, Linear
+from mdsnn.layers import LIF, QuantBatchNorm2d, trace
+from mdsnn.models.ms_resnet import MSResNet, ms_resnet
+
+GAMMA = 0.5
+"""Of every BN: large enough to reach densities of 50 %, small enough for 5 % where the residual stream has grown."""
+BETA_SPREAD = 0.1
+"""Standard deviation of a channel's beta around its layer's: channels fire unequally."""
+_REACH = 2.0
+"""Betas are sought within +-_REACH; tanh, which Eq. 4 takes of them, is 0.96 there."""
+_HALVINGS = 9  # to steps of 1/128, Eq. 4's own
+_TOLERANCE = 0.1
+"""Largest relative distance of a calibrated density from the wanted one."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An MS-ResNet of basic blocks on images of size x size: blocks[i] blocks of widths[i] channels."""
+
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    size: int = 32
+    timesteps: int = 4
+    classes: int = 100
+
+
+RESNET18 = Shape()
+SMALL = Shape((1, 1), (8, 16), size=12, classes=10)
+"""What --quick runs: seconds, and no measure of speed."""
+
+
+@dataclass(frozen=True)
+class FloatTwin:
+    """The same architecture in float32: `config` for mdsnn.models.build, and the state dict as arrays."""
+
+    config: dict[str, Any]
+    state: dict[str, npt.NDArray[Any]]
+
+    def build(self) -> nn.Module:
+        """The model, in evaluation mode."""
+        model = models.build(self.config)
+        model.load_state_dict(self.tensors())
+        return model.eval()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state dict, copied."""
+        return {name: torch.from_numpy(np.array(array)) for name, array in self.state.items()}
+
+
+def random_images(count: int, shape: Shape, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """uint8 [count, 3, size, size], every pixel uniform in 0..255."""
+    return rng.integers(0, 256, (count, 3, shape.size, shape.size), dtype=np.uint8)
+
+
+def integer_network(shape: Shape, bits: int, density: float, *, seed: int, images: int = 16) -> IntegerNetwork:
+    """A student of random weights, calibrated, frozen and lowered.
+
+    bits     of weights and membranes (W4U4: 4); BN, stem, shortcut codes and classifier have 8
+    density  share of neuron-steps that fire, wanted in every LIF layer, 0..1
+    images   random images to calibrate on
+    raises   ConfigError  naming a LIF layer that cannot be brought within a tenth of `density`
+    """
+    model = _random(shape, seed, weight_bits=bits, membrane_bits=bits, bn_bits=8)
+    calibrate(model, random_images(images, shape, np.random.default_rng([seed, 1])), density, seed=seed)
+    return lower(freeze(model))
+
+
+def float_twin(shape: Shape, density: float, *, seed: int, images: int = 16) -> FloatTwin:
+    """The same architecture, weights and calibration in full precision; not the same integers (see integer_network)."""
+    model = _random(shape, seed)
+    calibrate(model, random_images(images, shape, np.random.default_rng([seed, 1])), density, seed=seed)
+    return FloatTwin(model.config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
+
+
+def _random(shape: Shape, seed: int, **bits: Any) -> MSResNet:
+    return ms_resnet(
+        shape.blocks,
+        shape.widths,
+        size=shape.size,
+        classes=shape.classes,
+        timesteps=shape.timesteps,
+        generator=torch.Generator().manual_seed(seed),
+        **bits,
+    )
+
+
+def macs(network: IntegerNetwork) -> int:
+    """Dense-equivalent multiply-accumulates of one sample: all steps, and once for what is the same at every step."""
+    total = 0
+    for node in network.nodes:
+        if isinstance(node, Conv | Linear):
+            _, height, width = network.proof.shapes[node.name]
+            steps = 1 if network.proof.static[node.name] else network.timesteps
+            total += node.weight.size * height * width * steps
+    return total
+
+
+# --------------------------------------------------------------------------------------------------- calibrating
+
+
+def calibrate(model: nn.Module, pixels: npt.NDArray[np.uint8], density: float, *, seed: int) -> dict[str, float]:
+    """Set BN statistics and betas and membrane alphas so that every LIF layer fires at `density` on `pixels`.
+
+    model    live, quantized or not; changed in place and left in evaluation mode. A BN layer must stand between any two
+             LIF layers, in order of execution, and its output must reach the second.
+    returns  LIF layer -> the density reached on `pixels`
+    raises   ConfigError  naming a layer whose density stays off by more than a tenth
+    """
+    if not 0.0 < density < 1.0:
+        raise ConfigError(f"density = {density} is outside 0..1")
+    model.eval()
+    walk = _Calibration(model, density, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        walk.run(torch.from_numpy(pixels))
+    return walk.reached
+
+
+class _Calibration(fx.Interpreter):
+    """Runs the model once, node by node, and fixes each BN and LIF layer before going on."""
+
+    def __init__(self, model: nn.Module, density: float, generator: torch.Generator) -> None:
+        super().__init__(fx.GraphModule(model, trace(model)), garbage_collect_values=False)
+        self.extra_traceback = False
+        self.density, self.generator = density, generator
+        self.nodes = list(self.graph.nodes)
+        self.reached: dict[str, float] = {}
+
+    def layer(self, node: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = self.layer(n)
+        if isinstance(layer, QuantBatchNorm2d):
+            x = self.env[n.all_input_nodes[0]]
+            layer.running_mean.copy_(x.mean(dim=(0, 1, 3, 4)))
+            layer.running_var.copy_(x.var(dim=(0, 1, 3, 4), correction=0))
+            layer.weight.fill_(GAMMA)
+            layer.bias.copy_(BETA_SPREAD * torch.randn(layer.channels, generator=self.generator))
+        elif isinstance(layer, LIF):
+            self._bisect(n, layer)
+        return super().run_node(n)
+
+    def _bisect(self, n: fx.Node, lif: LIF) -> None:
+        """Shift the betas of the last BN before `lif` until it fires at the wanted density."""
+        before = self.nodes[: self.nodes.index(n)]
+        at = max((i for i, node in enumerate(before) if isinstance(self.layer(node), QuantBatchNorm2d)), default=-1)
+        bn = self.layer(before[at]) if at >= 0 else None
+        if not isinstance(bn, QuantBatchNorm2d) or any(isinstance(self.layer(node), LIF) for node in before[at:]):
+            raise ConfigError(f"layer '{n.target}': no BN layer stands between it and the LIF layer before it")
+        base = bn.bias.detach().clone()
+
+        def fire(shift: float) -> float:
+            bn.bias.copy_(base + shift)
+            for node in before[at:]:
+                self.env[node] = super(_Calibration, self).run_node(node)
+            spikes = lif(self.env[n.all_input_nodes[0]])
+            return float(spikes.mean(dtype=torch.float64))
+
+        lif.train()  # so that it measures its alpha
+        fire(0.0)
+        lif.eval()
+        low, high = -_REACH, _REACH
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            if fire(middle) < self.density:
+                low = middle
+            else:
+                high = middle
+        reached = fire(high)
+        self.reached[str(n.target)] = reached
+        if abs(reached - self.density) > _TOLERANCE * self.density:
+            raise ConfigError(
+                f"layer '{n.target}': fires in {reached:.1%} of its neuron-steps at best, where {self.density:.1%} was "
+                "wanted; ask for another density, or calibrate on more images"
+            )
+        for node in before:
+            if node in self.env and all(user in before for user in node.users):
+                del self.env[node]  # nothing reads it any more
+
+
+# -------------------------------------------------------------------------------------------------- SpikingJelly
+
+
+def spikingjelly_twin(twin: FloatTwin) -> nn.Module:
+    """`twin` composed of SpikingJelly's multi-step layers, with the same weights; uint8 [N, 3, H, W] to logits.
+
+    Direct coding as its own networks do it: the stem runs once an image, and its output is repeated T times. It fires
+    at v >= v_th, where ours needs v > v_th.
+    """
+    from spikingjelly.activation_based import functional, layer, neuron
+
+    config, source = twin.config, twin.build()
+
+    def lif() -> nn.Module:
+        tau = 1.0 / (1.0 - config["tau"])  # its leak is 1 - 1/tau
+        node: nn.Module = neuron.LIFNode(tau=tau, decay_input=False, v_threshold=config["v_th"], step_mode="m")
+        return node
+
+    def conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Module:
+        made: nn.Module = layer.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False, step_mode="m")
+        return made
+
+    def bn(channels: int) -> nn.Module:
+        made: nn.Module = layer.BatchNorm2d(channels, step_mode="m")
+        return made
+
+    class Basic(nn.Module):
+        def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+            super().__init__()
+            self.lif1, self.conv1, self.bn1 = lif(), conv(c_in, c_out, 3, stride), bn(c_out)
+            self.lif2, self.conv2, self.bn2 = lif(), conv(c_out, c_out, 3, 1), bn(c_out)
+            self.shortcut = nn.Sequential()
+            if stride != 1 or c_in != c_out:
+                self.shortcut = nn.Sequential(nn.Identity(), conv(c_in, c_out, 1, stride), bn(c_out))
+
+        def forward(self, x: Tensor) -> Tensor:
+            r = self.bn2(self.conv2(self.lif2(self.bn1(self.conv1(self.lif1(x))))))
+            out: Tensor = r + self.shortcut(x)
+            return out
+
+    class Net(nn.Module):
+        def __init__(self, blocks: Sequence[int], widths: Sequence[int]) -> None:
+            super().__init__()
+            self.input = source.get_submodule("input")  # the same input codes
+            self.stem, self.stem_bn = conv(3, widths[0], 3, 1), bn(widths[0])
+            groups, channels = [], widths[0]
+            for place, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
+                group = []
+                for i in range(depth):
+                    group.append(Basic(channels, width, 2 if place and not i else 1))
+                    channels = width
+                groups.append(nn.Sequential(*group))
+            self.groups = nn.Sequential(*groups)
+            self.lif = lif()
+            self.readout = nn.Linear(channels, config["classes"])
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            functional.reset_net(self)
+            x = self.stem_bn(self.stem(self.input(pixels)))
+            spikes = self.lif(self.groups(x.repeat(config["timesteps"], 1, 1, 1, 1)))
+            logits: Tensor = self.readout(spikes.mean(dim=(0, 3, 4)))
+            return logits
+
+    net = Net(config["blocks"], config["widths"])
+    missing, unread = net.load_state_dict(twin.tensors(), strict=False)
+    lost = [name for name in missing if not name.endswith("num_batches_tracked")]
+    lost += [name for name in unread if not name.endswith((".alpha", ".alpha_batches"))]
+    if lost:
+        raise ConfigError(f"SpikingJelly's twin has other parameters: {', '.join(lost)}")
+    return net.eval()

@@ -1,0 +1,214 @@
+"""Write measured tables into the README, between markers, so that no figure in it is typed by hand.
+
+python benchmarks/report.py --engine benchmarks/results/engine.json --demo runs/demo/summary.json
+
+<!-- bench:engine --> ... <!-- /bench:engine -->    from bench_engine.py's JSON
+<!-- demo --> ... <!-- /demo -->                    from the demo's summary.json: "table" as a list of rows, or as
+                                                    {"headers": [...], "rows": [[...]]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
+from mdsnn.kernels.files import read_bounded, write_text
+
+ENGINE_SCHEMA = "mdsnn.bench-engine/1"
+README = Path(__file__).resolve().parent.parent / "README.md"
+_LIMIT = 1 << 24
+
+
+def read_document(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file; raises InputError naming the file and the fault."""
+    try:
+        document = json.loads(read_bounded(path, _LIMIT, what="JSON file"))
+    except (ValueError, RecursionError) as fault:
+        raise InputError(f"{path}: is not JSON: {fault}") from fault
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: holds a {type(document).__name__}, where a JSON object is needed")
+    return document
+
+
+def markdown(headers: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column left, the others right. Pipes and line ends in cells are escaped."""
+
+    def line(cells: Sequence[object]) -> str:
+        texts = ("" if cell is None else " ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(texts)} |"
+
+    for row in rows:
+        if len(row) != len(headers):
+            raise InputError(f"a row of the table has {len(row)} cells, its head {len(headers)}: {list(row)}")
+    rule = ["---", *["---:"] * (len(headers) - 1)]
+    return "\n".join([line(headers), line(rule), *map(line, rows)])
+
+
+def replace_between(text: str, name: str, body: str) -> str:
+    """`text` with what stands between <!-- name --> and <!-- /name --> replaced by `body`.
+
+    raises  ConfigError  unless each marker stands there once, in this order
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    counts = text.count(start), text.count(end)
+    if counts != (1, 1) or text.index(start) > text.index(end):
+        raise ConfigError(
+            f"the markers {start} and {end} must each stand once, in this order; found {counts[0]} and {counts[1]}"
+        )
+    before, rest = text.split(start)
+    return f"{before}{start}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+# --------------------------------------------------------------------------------------------------- the tables
+
+
+def engine_tables(document: dict[str, Any]) -> str:
+    """The README's section of a benchmark: a table for each workload, then where and how it was measured.
+
+    document  of bench_engine.py, schema mdsnn.bench-engine/1
+    raises    InputError  for another schema, a --quick run, or a run in which integers differed
+    """
+    if document.get("schema") != ENGINE_SCHEMA:
+        raise InputError(f"schema {document.get('schema')!r} is not {ENGINE_SCHEMA!r}")
+    if document.get("quick"):
+        raise InputError("it is of a --quick run, which measures nothing; run bench_engine.py without --quick")
+    if not document.get("agrees"):
+        raise InputError("integers differed in this run; find out why before any speed is shown")
+    try:
+        parts = [_workload(document, workload) for workload in document["workloads"]]
+        parts.append(_circumstances(document))
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise InputError(f"a {ENGINE_SCHEMA} document lacks or misuses {fault}") from fault
+    return "\n\n".join(parts)
+
+
+def _workload(document: dict[str, Any], workload: dict[str, Any]) -> str:
+    rows = {(row["contender"], row["threads"], row["batch"]): row for row in workload["rows"]}
+    columns = list(dict.fromkeys((threads, batch) for _, threads, batch in rows))
+    names = [name for name in document["contenders"] if any(key[0] == name for key in rows)]
+    body = []
+    for name in names:
+        contender = document["contenders"][name]
+        timed = [rows[name, *column] for column in columns]
+        cells = [f"{_ms(row['ms_per_image'])} ({row['spread_percent']:.0f}%)" for row in timed]
+        known = [row["peak_rss_bytes"] for row in timed if row["peak_rss_bytes"] is not None]
+        body.append(
+            [
+                contender["title"],
+                "integers" if contender["integers"] else "float32",
+                *cells,
+                f"{max(known) / 2**20:.0f}" if known else "?",
+            ]
+        )
+    heads = [f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}" for threads, batch in columns]
+    densities = [100 * layer["density"] for layer in workload["layers"]]
+    check = workload["check"]
+    text = (
+        f"**{workload['name']}** ({workload['macs'] / 1e9:.3f} G dense-equivalent MACs an image). "
+        f"Milliseconds an image, median of {document['rounds']} interleaved visits, in brackets their range as a part"
+        " of it; MiB: peak memory of the process while timed, libraries included."
+    )
+    note = (
+        f"The LIF layers fire in {min(densities):.1f} to {max(densities):.1f} % of their neuron-steps (random weights,"
+        f" calibrated). Before timing, {check['compared']:,} integers (h, s, q, logits) were compared with the NumPy"
+        f" reference: {check['differing']} differ. Rows in float32 are the same architecture with float weights and"
+        " membranes, not the same integers."
+    )
+    return f"{text}\n\n{markdown(['', 'computes', *heads, 'MiB'], body)}\n\n{note}"
+
+
+def _ms(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _circumstances(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    where = [f"{machine['processor']}, {machine['cores']} cores"]
+    where += [f"{key} {machine[key]}" for key in ("memory", "C levels") if key in machine]
+    flags = " ".join(document["processor_flags"]) or "unknown"
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    lines = [
+        f"Measured on {document['date']}, commit `{document['commit'][:12]}"
+        f"{'+changes' if document['commit'].endswith('+changes') else ''}`: {'; '.join(where)}; flags {flags}.",
+        f"Versions: {versions}.",
+    ]
+    if document["environment"]:
+        lines.append("Environment: " + ", ".join(f"{k}={v}" for k, v in document["environment"].items()) + ".")
+    lines += [f"Left out: {name}: {reason}." for name, reason in document["left_out"].items()]
+    return "\n".join(lines)
+
+
+def demo_table(document: dict[str, Any]) -> str:
+    """The table of the demo's summary.json: "table" holds {"headers", "rows"}, or rows of [metric, value, ...]."""
+    table = document.get("table")
+    if isinstance(table, dict):
+        headers, rows = table.get("headers"), table.get("rows")
+    elif isinstance(table, list) and all(isinstance(row, list) for row in table):
+        headers = [""] * max(map(len, table), default=0)
+        rows = [[*row, *headers[len(row) :]] for row in table]
+    else:
+        headers = rows = None
+    if not headers or not rows or not isinstance(headers, list) or not all(isinstance(row, list) for row in rows):
+        raise InputError("'table' is missing or empty; rows, or {'headers': [...], 'rows': [[...]]}, are needed")
+    return markdown(headers, rows)
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def _from(path: str, make: Any) -> str:
+    try:
+        text: str = make(read_document(path))
+    except InputError as fault:
+        raise fault if str(fault).startswith(str(path)) else InputError(f"{path}: {fault}") from fault
+    return text
+
+
+@click.command()
+@click.option("--engine", metavar="JSON", help="A result of bench_engine.py --json.")
+@click.option("--demo", metavar="JSON", help="The summary.json of `mdsnn demo`.")
+@click.option("--readme", default=str(README), help="The file with the markers.  [default: the repository's README.md]")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if the file does not hold these tables.")
+def main(engine: str | None, demo: str | None, readme: str, check: bool) -> None:
+    """Write the tables of JSON results into README.md, between their markers."""
+    if engine is None and demo is None:
+        raise click.UsageError("nothing to write: name --engine or --demo")
+    try:
+        text = read_bounded(readme, _LIMIT, what="README").decode("utf-8")
+    except UnicodeDecodeError as fault:
+        raise InputError(f"{readme}: is not UTF-8: {fault}") from fault
+    bodies = {}
+    if engine is not None:
+        bodies["bench:engine"] = _from(engine, engine_tables)
+    if demo is not None:
+        bodies["demo"] = _from(demo, demo_table)
+    new = text
+    for name, body in bodies.items():
+        try:
+            new = replace_between(new, name, body)
+        except ConfigError as fault:
+            raise ConfigError(f"{readme}: {fault}") from fault
+    if check:
+        if new != text:
+            click.echo(f"{readme}: differs from {', '.join(bodies)}; run this without --check", err=True)
+            raise SystemExit(1)
+        return
+    if new != text:
+        write_text(readme, new, force=True)
+    click.echo(f"{readme}: wrote {', '.join(bodies)}", err=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MdsnnError as fault:
+        click.echo(f"report: error: {fault}", err=True)
+        sys.exit(fault.exit_code)

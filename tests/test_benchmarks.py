@@ -1,0 +1,405 @@
+"""The benchmark's network, its checks and its tables; speed itself is not tested."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mdsnn.export import artifact
+from mdsnn.kernels.engine import Engine, Trace
+from mdsnn.kernels.errors import ConfigError, EnvironmentFault, InputError, MissingError
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def _module(name: str) -> ModuleType:
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))  # as for a script there; a contender's process inherits it
+    return importlib.import_module(name)
+
+
+networks = _module("networks")
+bench = _module("bench_engine")
+report = _module("report")
+
+
+# ----------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("density", [0.05, 0.17, 0.5])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_lif_layer_fires_at_the_wanted_density_on_images_it_was_not_calibrated_on(
+    bits: int, density: float
+) -> None:
+    network = networks.integer_network(networks.SMALL, bits, density, seed=3)
+    pixels = networks.random_images(8, networks.SMALL, np.random.default_rng(99))
+    activity = Engine(network, "reference", 1).run(pixels).activity
+    reached = {lif.name: activity.density(lif.name) for lif in network.lifs}
+    assert len(reached) == 5
+    assert {name: d for name, d in reached.items() if not 0.75 * density < d < 1.25 * density} == {}
+    assert {lif.bits for lif in network.lifs} == {bits}
+
+
+def test_a_seed_makes_one_network() -> None:
+    first, again, other = (
+        artifact.to_bytes(networks.integer_network(networks.SMALL, 4, 0.17, seed=seed, images=4)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_density_out_of_reach_is_refused_by_layer() -> None:
+    with pytest.raises(ConfigError, match=r"^layer 'groups\.0\.0\.lif1': fires in [0-9.]+% .* where 99\.9% was wanted"):
+        networks.integer_network(networks.SMALL, 4, 0.999, seed=0)
+    with pytest.raises(ConfigError, match="density = 0"):
+        networks.integer_network(networks.SMALL, 4, 0.0, seed=0)
+
+
+def test_macs_are_the_products_of_a_dense_run() -> None:
+    """Counted by hand for one block of 2 channels on 6x6, and a projecting one."""
+    shape = networks.Shape((1, 1), (2, 3), size=6, timesteps=2, classes=4)
+    network = networks.integer_network(shape, 4, 0.2, seed=0)
+    stem = 3 * 9 * 2 * 36  # once: the same at every step
+    shortcut = 2 * 3 * 9  # of the stream, which is not the same at every step
+    assert networks.macs(network) == stem + 2 * (2 * (2 * 9 * 2 * 36) + 2 * 9 * 3 * 9 + 3 * 9 * 3 * 9 + shortcut)
+
+
+def test_spikingjelly_runs_the_float_twin() -> None:
+    twin = networks.float_twin(networks.SMALL, 0.17, seed=5)
+    theirs, ours = networks.spikingjelly_twin(twin), twin.build()
+    pixels = torch.from_numpy(networks.random_images(3, networks.SMALL, np.random.default_rng(0)))
+    with torch.inference_mode():
+        want, got, again = ours(pixels), theirs(pixels), theirs(pixels)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # floats: the same sums in the same order, or nearly
+    assert torch.equal(got, again)  # no state is left over
+    assert float(want.std()) > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+
+class _InProcess:
+    """A contender without a process; `flip` changes the least bit of one logit, `flip_h` of one membrane."""
+
+    absent: tuple[str, ...] = ()
+    flip = flip_h = ""
+    timed = 0
+
+    def __init__(self, name: str, workload: Any, threads: int) -> None:
+        if name in self.absent:
+            raise MissingError(f"{name} is not installed")
+        self.name, self.runner = name, bench.CONTENDERS[name].make(workload, threads)
+
+    def ask(self, order: str, *arguments: Any) -> Any:
+        if order == "trace":
+            trace = self.runner.trace(*arguments)
+            if self.name == self.flip_h:
+                lifs = copy.deepcopy(dict(trace.lifs))
+                lifs["groups.1.0.lif1"].h[1, 0, 3, 2, 1] ^= 1
+                return Trace(lifs, trace.logits)
+            return trace
+        if order == "logits":
+            logits = self.runner.logits(*arguments)
+            if self.name == self.flip and len(logits) > 1:
+                logits[-1, -1] ^= 1
+            return logits
+        if order == "time":
+            type(self).timed += 1
+            return bench.clock(self.runner.logits, *arguments)
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> type[_InProcess]:
+    class Fresh(_InProcess):
+        pass
+
+    monkeypatch.setattr(bench, "Process", Fresh)
+    monkeypatch.setattr(bench, "PAUSE", 0.0)
+    return Fresh
+
+
+SETTINGS: dict[str, Any] = {"threads": (1,), "batches": (1, 3), "rounds": 3, "seconds": 0.0, "check": 1}
+
+
+@pytest.fixture(scope="module")
+def workload() -> Any:
+    return bench.make_workload(networks.SMALL, 4, 0.17, seed=0)
+
+
+def test_every_contender_is_checked_and_then_timed_at_every_batch(in_process: type[_InProcess], workload: Any) -> None:
+    left_out: dict[str, str] = {}
+    names = ("reference", "ort-int", "pytorch")
+    found = bench.measure(workload, bench.Settings(names, **SETTINGS), left_out)
+    network = artifact.from_bytes(workload.network)
+    states = sum(int(np.prod(network.proof.shapes[lif.name])) for lif in network.lifs) * network.timesteps
+    assert found["check"]["agrees"]
+    assert found["check"]["compared"] == 2 * (3 * states + network.classes)  # two integer contenders, h, s and q
+    assert [(r["contender"], r["threads"], r["batch"]) for r in found["rows"]] == [
+        (name, 1, batch) for batch in (1, 3) for name in names
+    ]
+    assert in_process.timed == 3 * 3 * 2
+    assert all(len(row["visits_ms_per_image"]) == 3 and row["ms_per_image"] > 0 for row in found["rows"])
+    assert left_out == {}
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("wrong", ["flip", "flip_h"])
+def test_one_wrong_bit_stops_the_benchmark_before_any_timing(
+    in_process: type[_InProcess], workload: Any, wrong: str
+) -> None:
+    setattr(in_process, wrong, "ort-float")
+    found = bench.measure(workload, bench.Settings(("reference", "ort-float"), **SETTINGS), {})
+    assert not found["check"]["agrees"]
+    assert found["rows"] == []
+    assert in_process.timed == 0
+    if wrong == "flip_h":
+        assert found["check"]["differing"] == 1
+        (fault,) = found["check"]["faults"]
+        assert "'groups.1.0.lif1', step 1, h of sample 0 at (3, 2, 1)" in fault
+    else:
+        assert [(r["contender"], r["batch"]) for r in found["check"]["logits"] if not r["equal"]] == [("ort-float", 3)]
+
+
+def test_a_missing_contender_is_left_out_unless_it_was_chosen(in_process: type[_InProcess], workload: Any) -> None:
+    in_process.absent = ("numba",)
+    left_out: dict[str, str] = {}
+    found = bench.measure(workload, bench.Settings(("reference", "numba"), **SETTINGS), left_out)
+    assert {row["contender"] for row in found["rows"]} == {"reference"}
+    assert left_out == {"numba": "numba is not installed"}
+    with pytest.raises(MissingError, match="numba is not installed"):
+        bench.measure(workload, bench.Settings(("reference", "numba"), True, **SETTINGS), {})
+
+
+def test_an_unknown_contender_is_refused() -> None:
+    with pytest.raises(ConfigError, match="contender 'tensorrt' is none of native, numba"):
+        bench.benchmark(networks.SMALL, [4], [0.17], bench.Settings(("tensorrt",)))
+
+
+def test_a_contender_that_fails_or_dies_is_named(workload: Any) -> None:
+    process = bench.Process("reference", workload, 1)
+    try:
+        with pytest.raises(InputError, match="uint8"):
+            process.ask("logits", np.zeros((1, 3, 12, 12), np.float32))
+        with pytest.raises(EnvironmentFault, match="contender 'reference': KeyError"):
+            process.ask("sing")
+        assert process.ask("logits", np.zeros((2, 3, 12, 12), np.uint8)).shape == (2, 10)
+        process._process.kill()
+        with pytest.raises(EnvironmentFault, match="contender 'reference': its process died"):
+            process.ask("peak")
+    finally:
+        process.close()
+
+
+def test_a_visit_warms_up_unless_one_call_is_long() -> None:
+    calls: list[int] = []
+
+    def run(pixels: Any) -> Any:
+        calls.append(1)
+        return pixels
+
+    assert 0 < bench.clock(run, np.zeros(1, np.uint8), 0.005) < 0.005
+    assert len(calls) > 2
+    calls.clear()
+    bench.clock(run, np.zeros(1, np.uint8), 0.0)
+    assert len(calls) == 1
+
+
+def test_a_summary_is_median_minimum_and_range() -> None:
+    found = bench.summary([4.0, 2.0, 3.0])
+    assert found["ms_per_image"] == 3.0
+    assert found["min_ms_per_image"] == 2.0
+    assert found["spread_percent"] == pytest.approx(200 / 3)
+    assert found["images_per_s"] == pytest.approx(1000 / 3)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script itself, with real processes, as a user runs it."""
+    path: Path = tmp_path_factory.mktemp("bench") / "engine.json"
+    contenders = "reference,ort-float,spikingjelly"
+    options = ["--quick", "--threads", "1", "--batch", "1,2", "--contenders", contenders, "--json", str(path)]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "bench_engine.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0 differ" in done.stdout
+    assert "[####################] 2/2" in done.stderr
+    assert "[###" not in done.stdout
+    return path
+
+
+def test_the_script_measures_and_its_result_becomes_a_table(quick: Path) -> None:
+    document = json.loads(quick.read_text())
+    assert document["agrees"] is True
+    assert {"processor_flags", "versions", "commit", "machine", "date"} <= set(document)
+    assert {(r["contender"], r["batch"]) for r in document["workloads"][0]["rows"]} == {
+        (name, batch) for name in ("reference", "ort-float", "spikingjelly") for batch in (1, 2)
+    }
+    with pytest.raises(InputError, match="--quick run"):
+        report.engine_tables(document)
+    text = report.engine_tables({**document, "quick": False})
+    assert text.count("\n| ") == 5  # head, rule and three contenders
+    assert "| SpikingJelly float32, multi-step | float32 |" in text
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def _result(**changes: Any) -> dict[str, Any]:
+    row = {"contender": "native", "threads": 1, "batch": 1, "ms_per_image": 1.2345, "spread_percent": 4.4}
+    slow = {"contender": "pytorch", "threads": 1, "batch": 1, "ms_per_image": 41.27, "spread_percent": 10.0}
+    return {
+        "schema": report.ENGINE_SCHEMA,
+        "quick": False,
+        "agrees": True,
+        "date": "2030-01-02",
+        "commit": "0123456789abcdef+changes",
+        "machine": {"processor": "A | B", "cores": "2", "memory": "8.0 GiB"},
+        "processor_flags": ["avx2"],
+        "environment": {},
+        "versions": {"python": "3.11.7", "mdsnn": "0.1.0"},
+        "rounds": 9,
+        "contenders": {
+            "native": {"title": "mdsnn, C", "integers": True},
+            "pytorch": {"title": "PyTorch | eager", "integers": False},
+        },
+        "left_out": {"numba": "not installed"},
+        "workloads": [
+            {
+                "name": "MS-ResNet-18",
+                "macs": 2216361984,
+                "layers": [{"layer": "a", "density": 0.171}, {"layer": "b", "density": 0.155}],
+                "check": {"compared": 12345, "differing": 0},
+                "rows": [
+                    {**row, "peak_rss_bytes": 40 << 20},
+                    {**row, "batch": 16, "threads": 2, "ms_per_image": 123.4, "peak_rss_bytes": 41 << 20},
+                    {**slow, "peak_rss_bytes": None},
+                    {**slow, "batch": 16, "threads": 2, "ms_per_image": 9.0, "peak_rss_bytes": None},
+                ],
+            }
+        ],
+        **changes,
+    }
+
+
+def test_the_engine_table_shows_what_was_measured() -> None:
+    lines = report.engine_tables(_result()).splitlines()
+    assert lines[0].startswith("**MS-ResNet-18** (2.216 G dense-equivalent MACs an image).")
+    assert lines[2:6] == [
+        "|  | computes | batch 1, 1 thread | batch 16, 2 threads | MiB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| mdsnn, C | integers | 1.23 (4%) | 123 (4%) | 41 |",
+        "| PyTorch \\| eager | float32 | 41.3 (10%) | 9.00 (10%) | ? |",
+    ]
+    assert "15.5 to 17.1 %" in lines[7]
+    assert "12,345 integers" in lines[7]
+    assert "commit `0123456789ab+changes`" in lines[9]
+    assert lines[-1] == "Left out: numba: not installed."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": "mdsnn.bench/1"}, "schema 'mdsnn.bench/1' is not"),
+        ({"agrees": False}, "integers differed"),
+        ({"quick": True}, "--quick run"),
+        ({"workloads": None}, "lacks or misuses"),
+        ({"machine": {}}, "lacks or misuses 'processor'"),
+    ],
+)
+def test_a_result_that_is_none_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        report.engine_tables(_result(**changes))
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    text = "a\n<!-- demo -->\nold\n<!-- /demo -->\nz <!-- other -->\n"
+    new = report.replace_between(text, "demo", "new\nlines")
+    assert new == "a\n<!-- demo -->\nnew\nlines\n<!-- /demo -->\nz <!-- other -->\n"
+    assert report.replace_between(new, "demo", "new\nlines") == new
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nothing",
+        "<!-- demo -->",
+        "<!-- /demo -->",
+        "<!-- /demo --> <!-- demo -->",
+        "<!-- demo --> <!-- demo --> <!-- /demo -->",
+        "<!-- demo --> <!-- /demo --> <!-- /demo -->",
+    ],
+)
+def test_missing_doubled_or_swapped_markers_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must each stand once, in this order"):
+        report.replace_between(text, "demo", "body")
+
+
+def test_the_demo_table_takes_rows_with_and_without_a_head() -> None:
+    headed = report.demo_table({"table": {"headers": ["what", "of", "value"], "rows": [["accuracy", "teacher", 0.95]]}})
+    assert headed == "| what | of | value |\n| --- | ---: | ---: |\n| accuracy | teacher | 0.95 |"
+    plain = report.demo_table({"table": [["accuracy", 1, 2], ["size\nof", "a|b"]]})
+    assert plain.splitlines()[2:] == ["| accuracy | 1 | 2 |", "| size of | a\\|b |  |"]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [None, [], "text", [1, 2], {"headers": ["a"]}, {"headers": ["a"], "rows": []}, {"headers": [], "rows": [[]]}, [[]]],
+)
+def test_a_demo_without_a_table_is_refused(table: Any) -> None:
+    with pytest.raises(InputError, match="'table' is missing or empty"):
+        report.demo_table({"table": table})
+
+
+def test_a_ragged_row_under_a_head_is_refused() -> None:
+    with pytest.raises(InputError, match="has 1 cells, its head 2"):
+        report.demo_table({"table": {"headers": ["a", "b"], "rows": [["x"]]}})
+
+
+def test_the_report_writes_checks_and_refuses(tmp_path: Path) -> None:
+    readme, engine, demo = tmp_path / "README.md", tmp_path / "engine.json", tmp_path / "summary.json"
+    empty = "# T\n<!-- bench:engine -->\n<!-- /bench:engine -->\n<!-- demo -->\n<!-- /demo -->\nend\n"
+    readme.write_text(empty)
+    engine.write_text(json.dumps(_result()))
+    demo.write_text(json.dumps({"table": [["accuracy", 0.5]]}))
+    words = ["--engine", str(engine), "--demo", str(demo), "--readme", str(readme)]
+
+    def run(*more: str) -> Any:
+        return CliRunner().invoke(report.main, [*words, *more])
+
+    assert run("--check").exit_code == 1
+    assert readme.read_text() == empty
+    assert run().exit_code == 0
+    written = readme.read_text()
+    assert "| accuracy | 0.5 |" in written
+    assert "| mdsnn, C | integers |" in written
+    assert written.endswith("<!-- /demo -->\nend\n")
+    assert run("--check").exit_code == 0
+    assert run().exit_code == 0
+    assert readme.read_text() == written
+    readme.write_text("no markers")
+    assert isinstance(run().exception, ConfigError)
+    assert str(readme) in str(run().exception)
+    engine.write_text("{")
+    assert isinstance(run().exception, InputError)
+    assert readme.read_text() == "no markers"
+    assert CliRunner().invoke(report.main, ["--readme", str(readme)]).exit_code == 2
