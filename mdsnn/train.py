@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import platform
@@ -63,8 +62,6 @@ __all__ = [
     "spike_rates",
     "train",
 ]
-
-logger = logging.getLogger(__name__)
 
 FOREIGN = (".pth", ".pt")
 """Suffixes of PyTorch's own checkpoints; a teacher in one is a model of ours in other hands, by the recipe's shape."""
@@ -177,7 +174,6 @@ def train(
         except KeyboardInterrupt:
             done = f"{run.epoch} of {config.epochs} epochs are saved in {run.folder}"
             message = f"interrupted; {done}. Go on with resume (mdsnn train ... --resume)"
-            logger.warning(message)
             raise KeyboardInterrupt(message) from None
 
 
