@@ -464,6 +464,21 @@ def test_every_accumulator_is_exact_with_a_lossless_adc(case: Any, over: dict[st
         np.testing.assert_array_equal(got, reference.conv2d(x, layer.codes, layer.stride, layer.padding, layer.groups))
 
 
+@pytest.mark.parametrize("scheme", ["kernel-split", "im2col"])
+def test_no_crossbar_holds_more_rows_than_it_has(scheme: str) -> None:
+    codes = np.zeros((8, 13, 3, 3), np.int8)
+    layer = conv_layer(c_in=26, groups=2, c_out=8, codes=codes)
+    programmed = program(layer, CHIP.replaced({"crossbar.rows": 5, "mapping.scheme": scheme}))
+    blocks = [set(at.tolist()) for _, at, _ in programmed.cells]
+    assert sorted(place for block in blocks for place in block) == list(range(26 * 9))
+    assert max(map(len, blocks)) == 5
+    if scheme == "kernel-split":
+        assert all(len({place % 9 for place in block}) == 1 for block in blocks)
+        assert len(blocks) == 2 * 3 * 9
+    else:
+        assert len(blocks) == 2 * math.ceil(13 * 9 / 5)
+
+
 def test_a_small_adc_and_varied_cells_do_differ(case: Any) -> None:
     network, _ = case
     layer = from_network(network).layers[0]
