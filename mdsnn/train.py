@@ -324,8 +324,6 @@ class _Run:
         """Measure the network of the last epoch, frozen where it is quantized, and write the final checkpoint."""
         from .freeze import freeze
 
-        for lif in self.student_taps:
-            lif.tap = False
         self.model.cpu().eval()
         test_x, test_y = self.data.test_x, self.data.test_y
         if self.data.coding == "events":

@@ -157,6 +157,30 @@ def test_a_run_leaves_its_folder_whole_and_readable(tmp_path, data):
     assert str(tmp_path) not in (tmp_path / "run" / "model.ckpt").read_bytes().decode("latin1")
 
 
+def test_every_update_follows_the_schedule_and_the_limit_of_the_gradient(tmp_path, data):
+    quiet = {**SMALL, "optimizer": "sgd", "weight_decay": 0.0, "momentum": 0.0}
+    still = train.train(recipe(save_path=tmp_path / "still", **{**quiet, "lr": 1e-9}), data=data).checkpoint
+    config = recipe(save_path=tmp_path / "run", **{**quiet, "lr": 0.5, "grad_clip": 1e-8})
+    result = train.train(config, data=data)
+    assert [row["lr"] for row in result.history] == [train.learning_rate(config, step, 3) for step in (2, 5)]
+    before, after = (checkpoint.load(path).group("model")["stem.weight"] for path in (still, result.checkpoint))
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-6)
+
+
+def test_weight_decay_falls_on_kernels_and_matrices_only():
+    model = train._network(train._resolve(recipe(**SMALL), None), digits(), torch.Generator().manual_seed(0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in train._optimizer(model, recipe(weight_decay=0.25)).param_groups
+        for parameter in group["params"]
+    }
+    assert set(decay) == set(names.values())
+    assert {name for name, value in decay.items() if value == 0.25} == {
+        name for name in decay if name.endswith(".weight") and "bn" not in name and "shortcut.2" not in name
+    }
+
+
 def test_training_learns(tmp_path, data):
     longer = {**SMALL, "widths": (16, 16), "epochs": 15, "batch_size": 16, "lr": 2e-2}
     result = train.train(recipe(save_path=tmp_path, **longer), data=data)
@@ -178,6 +202,17 @@ def test_a_student_is_guided_and_its_accuracy_is_the_frozen_networks(tmp_path, d
     assert result.frozen_accuracy == float(np.mean(np.argmax(logits, axis=1) == data.test_y))
     assert row["frozen_accuracy"] == result.frozen_accuracy
     assert set(result.spike_rates) == {name for name, m in frozen.named_modules() if isinstance(m, LIF)}
+
+
+def test_the_accuracy_is_measured_on_what_freeze_returns(tmp_path, data, teacher, monkeypatch):
+    class Threes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot(torch.full((x.shape[0],), 3), 10)
+
+    monkeypatch.setattr("mdsnn.freeze.freeze", lambda model: Threes())
+    result = train.train(student(teacher, tmp_path, epochs=1), data=data)
+    assert result.frozen_accuracy == float(np.mean(data.test_y == 3))
+    assert result.frozen_accuracy != result.live_accuracy
 
 
 def test_a_student_starts_from_its_teachers_weights_unless_told(teacher, tmp_path, data):
