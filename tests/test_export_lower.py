@@ -17,7 +17,16 @@ from mdsnn.kernels.engine import run
 from mdsnn.kernels.errors import LoweringError
 from mdsnn.kernels.formats import Grid
 from mdsnn.kernels.network import Add, BnAffine, BnDense, Conv, Lif, Readout, SumPool
-from mdsnn.layers import LIF, Flatten, PixelInput, QuantBatchNorm2d, QuantConv2d, QuantLinear, SpikeMaxPool2d
+from mdsnn.layers import (
+    LIF,
+    EventInput,
+    Flatten,
+    PixelInput,
+    QuantBatchNorm2d,
+    QuantConv2d,
+    QuantLinear,
+    SpikeMaxPool2d,
+)
 from mdsnn.layers import Readout as ReadoutLayer
 from mdsnn.models import ms_resnet, vgg
 from planted import assert_same_bits
@@ -150,6 +159,25 @@ def test_a_users_own_composition():
     assert network["add"] == Add("add", "left.1", "right.table")
     assert network["add3"].inputs == ("add2", "add2")
     assert network.labels == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(("variance", "dtype"), [(0.0, torch.int64), (100.0, torch.int32)])
+def test_products_of_33_bits_and_more_are_wide(variance, dtype):
+    """A dead channel (sigma = sqrt(eps)) of 2-bit weights on full event counts: |A| is over 2**15, A*acc over 2**31."""
+    conv, bn = QuantConv2d(8, 2, 5, weight_bits=2), QuantBatchNorm2d(2, output_grid=Grid())
+    conv.weight.data.fill_(2.0)
+    conv.weight.data[1] *= -1
+    bn.running_var.fill_(variance)
+    model = nn.Sequential(EventInput(8), conv, bn, LIF(2, bits=4), ReadoutLayer(2, 2)).eval()
+    frozen = freeze(model, input_size=(6, 6))
+    table = frozen[2].constants
+    assert table.multiplier.dtype == dtype
+    assert (int(table.multiplier.abs().max()) >= 2**15) == (dtype == torch.int64)
+    for level in (0, 1, 90, 127):
+        network = assert_lowers(frozen, np.full((2, 1, 8, 6, 6), level, np.uint8), bn_table="affine")
+    assert network.proof.product_bits["2"] == (64 if dtype == torch.int64 else 32)
+    full = torch.full((1, 1, 8, 6, 6), 127)
+    assert int(frozen[2](frozen[1](full))[0, 0, 0, 0, 0]) == 4096  # wrapped, it would be -4096
 
 
 def test_nodes_carry_the_frozen_constants():

@@ -391,6 +391,13 @@ class Twice(nn.Module):
         return self.head(self.lif(x))
 
 
+class Louder(LIF):
+    """A layer that computes something else."""
+
+    def live(self, x):
+        return super().live(2 * x)
+
+
 class Forward(nn.Module):
     """`stem` and a LIF, then what `how` does with the module, its stream x and its spikes s."""
 
@@ -433,6 +440,7 @@ REFUSED = {
     "a layer called twice": (Twice, r"layer 'lif': called twice in one forward.*make a second layer"),
     "torch's ReLU": (lambda: sequence(nn.ReLU()), r"layer '3' \(ReLU\) has no integer form; use LIF"),
     "torch's conv": (lambda: sequence(LIF(2, bits=4), nn.Conv2d(4, 4, 1)), r"\(Conv2d\) .* use QuantConv2d"),
+    "a subclass": (lambda: sequence(Louder(2, bits=4)), r"layer '3' \(Louder\) has no integer form; compose"),
     "a function": (
         lambda: Forward(lambda m, x, s: m.head(torch.relu(s))),
         r"'relu' in 'Forward' has no integer form; use LIF",
