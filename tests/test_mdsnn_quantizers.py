@@ -67,6 +67,13 @@ def test_a_given_alpha_clamps():
     assert float(alpha) == 0.5
 
 
+def test_codes_are_computed_in_float64():
+    """A scale that puts each weight 1e-10 below the tie at 1.5 levels: float32 tanh would cross it for half of them."""
+    for w in np.linspace(0.1, 2.0, 40, dtype=np.float32):
+        alpha = np.tanh(np.float64(w)) * 7 / (1.5 - 1e-10)
+        assert quantize_tanh(torch.tensor([w]), 4, float(alpha))[0].item() == 1.0
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_an_all_zero_tensor_has_codes_0_and_alpha_1(bits):
     codes, alpha = quantize_tanh(torch.zeros(3, 2), bits)
