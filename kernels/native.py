@@ -43,12 +43,16 @@ from .network import (
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 1  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 2  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
 _TABLE = 1 << 16  # largest dense table of membrane codes
 _I8, _I16, _I32 = range(3)  # enum mdsnn_type
+_BLOCK = 64  # channels a fused convolution takes at a time
+_FEW = 16  # below so many channels a block would be mostly empty
+_VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
+_LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
 
 
@@ -118,8 +122,85 @@ class _Value:
     offset: int = 0
 
     def size(self, chunk: int) -> int:
+        """Bytes, for at most `chunk` steps."""
         _, height, width = self.shape
         return height * width * (1 if self.fixed else chunk) * self.pitch << self.type
+
+
+@dataclass
+class _Work:
+    """Bytes of scratch that one operation needs while it runs."""
+
+    bytes: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+@dataclass
+class _Group:
+    """A convolution to run in one operation with its bn, a residual add and a LIF, at the place of `nodes[place]`."""
+
+    conv: Conv
+    bn: BnAffine | BnDense
+    add: Add | None = None
+    other: str | None = None
+    fire: Lif | None = None
+    stream: bool = False  # whether anything else reads the stream
+    place: int = 0
+
+    @property
+    def result(self) -> str:
+        """Name of the stream after bn and add."""
+        return (self.add or self.bn).name
+
+
+def _groups(network: IntegerNetwork, narrow: bool) -> list[_Group]:
+    """What can be fused: by the graph, and by the widths the proof gives."""
+    if not narrow:
+        return []
+    proof = network.proof
+    place = {node.name: at for at, node in enumerate(network.nodes)}
+    readers: dict[str, list[Node]] = {node.name: [] for node in network.nodes}
+    for node in network.nodes:
+        for source in node.inputs:
+            readers[source].append(node)
+    groups: dict[str, _Group] = {}
+    for conv in network.nodes:
+        if isinstance(conv, Conv) and len(readers[conv.name]) == 1 and _fits_blocks(network, conv):
+            bn = readers[conv.name][0]
+            assert isinstance(bn, BnAffine | BnDense)  # nothing else reads accumulators
+            groups[bn.name] = _Group(conv, bn, place=place[bn.name])
+    for add in network.nodes:
+        if not isinstance(add, Add):
+            continue
+        for name, other in sorted([(add.source, add.other), (add.other, add.source)], key=lambda pair: -place[pair[0]]):
+            alone = name in groups and len(readers[name]) == 1
+            if alone and groups[name].add is None and proof.static[name] == proof.static[add.name]:
+                groups[name].add, groups[name].other, groups[name].place = add, other, place[add.name]
+                break
+    for group in groups.values():
+        after = readers[group.result]
+        fire = [node for node in after if isinstance(node, Lif)]
+        if fire and not proof.static[group.result]:
+            group.fire = fire[0]
+        group.stream = len(after) > (group.fire is not None)
+    return list(groups.values())
+
+
+def _fits_blocks(network: IntegerNetwork, conv: Conv) -> bool:
+    """Whether the convolution reads spikes in blocks of channels and its sums fit 16 bits."""
+    proof = network.proof
+    c_out, c_in, kh, _ = conv.weight.shape
+    lo, hi = proof.channel_bounds[conv.name]
+    return (
+        conv.groups == 1
+        and proof.kinds[conv.source] == "spikes"
+        and min(c_in, c_out) >= _FEW
+        and int(lo.min()) >= -(2**15)
+        and int(hi.max()) < 2**15
+        and proof.shapes[conv.source][2] * kh * _BLOCK * _BLOCK < 2**31
+    )
 
 
 def _up(size: int) -> int:
@@ -177,25 +258,54 @@ class _Plan:
         self.state_bytes = 0
         self.counters: dict[str, int] = {}
         proof = network.proof
-        for place, node in enumerate(network.nodes[:-1]):
-            self.index[node.name] = place
-            shape = proof.shapes[node.name]
-            self.values.append(
-                _Value(node.name, shape, self._type(node), shape[0], proof.static[node.name], place, place)
-            )
-        for place, node in enumerate(network.nodes):
-            for source in node.inputs:
-                value = self.values[self.index[source]]
+        groups = {network.nodes[group.place].name: group for group in _groups(network, self.stream_type == _I16)}
+        inside = {
+            name
+            for group in groups.values()
+            for name in (group.conv.name, group.bn.name, group.add and group.add.name, group.fire and group.fire.name)
+        } - groups.keys()
+        self.steps: list[tuple[int, Node | _Group]] = [
+            (place, groups.get(node.name, node)) for place, node in enumerate(network.nodes) if node.name not in inside
+        ]
+        for place, step in self.steps:
+            if isinstance(step, _Group):
+                if step.stream:
+                    self._value(network[step.result], place)
+                if step.fire is not None:
+                    self._value(step.fire, place)
+                reads = [step.conv.source, *([step.other] if step.other else [])]
+                dynamic = not proof.static[step.result]
+            else:
+                if not isinstance(step, Readout):
+                    self._value(step, place)
+                reads = list(step.inputs)
+                dynamic = not proof.static[step.name] or isinstance(step, Readout)
+            for name in reads:
+                value = self.values[self.index[name]]
                 value.last = place
-                value.keep |= value.fixed and (not proof.static[node.name] or isinstance(node, Readout))
+                value.keep |= value.fixed and dynamic
+        for node in network.nodes:
             if isinstance(node, Conv | Linear | Readout):
                 self._count(node.source)
             elif isinstance(node, Lif):
                 self._count(node.name)
+        self.work = {
+            step.conv.name: [_Work(size, place, place) for size in self._work_sizes(step)]
+            for place, step in self.steps
+            if isinstance(step, _Group)
+        }
         self._place()
         self.lifs = {lif.name: number for number, lif in enumerate(network.lifs)}
-        ops = [self._op(node) for node in network.nodes]
+        ops = [self._fused(step) if isinstance(step, _Group) else self._op(step) for _, step in self.steps]
         self.struct = self._struct(ops)
+
+    def _value(self, node: Node, place: int) -> None:
+        proof = self.network.proof
+        shape, kind = proof.shapes[node.name], proof.kinds[node.name]
+        blocks = kind in ("stream", "spikes") and shape[0] >= _FEW
+        pitch = -(-shape[0] // _BLOCK) * _BLOCK if blocks else shape[0]
+        self.index[node.name] = len(self.values)
+        self.values.append(_Value(node.name, shape, self._type(node), pitch, proof.static[node.name], place, place))
 
     def _type(self, node: Node) -> int:
         proof = self.network.proof
@@ -213,9 +323,11 @@ class _Plan:
         """Give every value its offset: kept ones in the state, others in scratch, first fit among those alive."""
         self.scratch_bytes = 0
         alive: list[tuple[int, int, int]] = []  # offset, end, last
-        for value in self.values:
-            size = _up(value.size(self.chunk))
-            if value.keep:
+        work = [item for items in self.work.values() for item in items]
+        items: list[_Value | _Work] = [*self.values, *work]
+        for value in sorted(items, key=lambda item: item.first):
+            size = _up(value.bytes if isinstance(value, _Work) else value.size(self.chunk))
+            if isinstance(value, _Value) and value.keep:
                 value.offset = self._state(size)
                 continue
             alive = [entry for entry in alive if entry[2] >= value.first]
@@ -241,7 +353,7 @@ class _Plan:
     def _op(self, node: Node) -> dict[str, Any]:
         """The fields of mdsnn_op for a node."""
         proof, index = self.network.proof, self.index
-        inputs = [index[source] for source in node.inputs]
+        inputs = [index.get(source, -1) for source in node.inputs]
         op: dict[str, Any] = {
             "source": inputs[0] if inputs else -1,
             "other": inputs[1] if len(inputs) > 1 else -1,
@@ -272,9 +384,12 @@ class _Plan:
                     weight=self._pointer("int8_t", node.weight.T, np.int8),
                 )
             case BnAffine():
+                narrow = np.where(np.abs(node.offset) < 2**31, node.offset, 0)  # not read where 64 bits are needed
                 op.update(
                     kind=self.lib.MDSNN_BN_AFFINE,
-                    multiplier=self._pointer("int32_t", node.multiplier, np.int32),
+                    multiplier=self._pointer("int32_t", _blocks(node.multiplier), np.int32),
+                    offset_32=self._pointer("int32_t", _blocks(narrow), np.int32),
+                    shift_32=self._pointer("int32_t", _blocks(node.shift), np.int32),
                     offset=self._pointer("int64_t", node.offset, np.int64),
                     shift=self._pointer("uint8_t", node.shift, np.uint8),
                     wide=int(proof.product_bits[node.name] == 64),
@@ -322,6 +437,65 @@ class _Plan:
             case _:
                 raise NotImplementedError(type(node).__name__)
         return op
+
+    def _work_sizes(self, group: _Group) -> tuple[int, int, int]:
+        """Bytes of a group's lists, starts and sums."""
+        proof, conv = self.network.proof, group.conv
+        c_in, _, width = proof.shapes[conv.source]
+        out_width = proof.shapes[conv.name][2]
+        steps, band = self._steps(group), self._band(group)
+        lists = 4 * self._row_entries(group) * band + _ALIGN
+        starts = 4 * -(-c_in // _BLOCK) * band * steps * (width + 1)
+        return lists, starts, 2 * (band + 1) * out_width * steps * _BLOCK
+
+    def _steps(self, group: _Group) -> int:
+        return 1 if self.network.proof.static[group.result] else self.chunk
+
+    def _row_entries(self, group: _Group) -> int:
+        """Spikes that an output row can have under its windows."""
+        c_in, _, width = self.network.proof.shapes[group.conv.source]
+        return int(group.conv.weight.shape[2]) * width * c_in * self._steps(group)
+
+    def _band(self, group: _Group) -> int:
+        """Output rows to work on at a time."""
+        height = self.network.proof.shapes[group.conv.name][1]
+        return max(1, min(height, _LIST_BYTES // (4 * self._row_entries(group))))
+
+    def _fused(self, group: _Group) -> dict[str, Any]:
+        """The fields of mdsnn_op for a group."""
+        conv, ffi = group.conv, self.ffi
+        bn = ffi.new("mdsnn_op *", self._op(group.bn))
+        self.keep.append(bn)
+        fire = ffi.NULL
+        if group.fire is not None:
+            fire = ffi.new("mdsnn_op *", self._op(group.fire))
+            self.keep.append(fire)
+        flush = 127 // max(1, int(np.abs(conv.weight.astype(np.int16)).max()))
+        eight = flush >= 8
+        lists, starts, sums = (item.offset for item in self.work[conv.name])
+        half = _VECTOR_BYTES[ISA_LEVELS[self.level]] if eight else 0
+        return {
+            "kind": self.lib.MDSNN_FUSED,
+            "source": self.index[conv.source],
+            "other": self.index[group.other] if group.other else -1,
+            "out": self.index[group.result] if group.stream else -1,
+            "fixed": int(self.network.proof.static[group.result]),
+            "lif": -1,
+            "kernel_height": conv.weight.shape[2],
+            "kernel_width": conv.weight.shape[3],
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "groups": 1,
+            "weight": self._pointer("int8_t", _pack_events(conv.weight, half), np.int8),
+            "bn": bn,
+            "fire": fire,
+            "method": self.lib.MDSNN_EVENTS_8 if eight else self.lib.MDSNN_EVENTS_16,
+            "flush": flush,
+            "band": self._band(group),
+            "work_lists": lists,
+            "work_starts": starts,
+            "work_sums": sums,
+        }
 
     def _lif(self, node: Lif) -> dict[str, Any]:
         reach = _Reach.of(node, self.network.proof.membranes[node.name])
@@ -402,6 +576,26 @@ def _by_input(weight: Array, groups: int) -> Array:
     """(C_out, C_in/groups, kh, kw) to [group][ky][kx][in][out]: an input's weights for all outputs lie together."""
     c_out, per_group, kh, kw = weight.shape
     return weight.reshape(groups, c_out // groups, per_group, kh, kw).transpose(0, 3, 4, 2, 1)
+
+
+def _blocks(constants: Array) -> Array:
+    """Constants of channels, with 0 for those up to the next block."""
+    return np.pad(constants, (0, -len(constants) % _BLOCK))
+
+
+def _pack_events(weight: Array, vector: int) -> Array:
+    """(C_out, C_in, kh, kw) to [outs/64][ins/64][kx][ky][in 64][out 64], zeros where there is no channel.
+
+    vector  0, or the bytes of a vector: the first half of its channels then lies in even bytes, the second in odd ones
+    """
+    c_out, c_in, kh, kw = weight.shape
+    outs, ins = -(-c_out // _BLOCK), -(-c_in // _BLOCK)
+    padded = np.zeros((outs * _BLOCK, ins * _BLOCK, kh, kw), np.int8)
+    padded[:c_out, :c_in] = weight
+    if vector:
+        order = np.arange(_BLOCK).reshape(-1, 2, vector // 2).transpose(0, 2, 1).reshape(-1)
+        padded = padded.reshape(outs, _BLOCK, ins * _BLOCK, kh, kw)[:, order].reshape(padded.shape)
+    return padded.reshape(outs, _BLOCK, ins, _BLOCK, kh, kw).transpose(0, 2, 5, 4, 3, 1)
 
 
 def _arena(size: int) -> npt.NDArray[np.uint8]:

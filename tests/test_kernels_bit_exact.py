@@ -97,6 +97,15 @@ def test_wide_layers_and_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) 
         check(*seeded_case(seed, max_channels=130, max_timesteps=32, samples=1), name, monkeypatch)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_small_bands_and_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers cut into bands of one or two rows, and steps into passes of three, as large networks are."""
+    monkeypatch.setattr(native, "_LIST_BYTES", 1 << 12)
+    monkeypatch.setattr(native, "_CHUNK", 3)
+    for seed in range(3000, 3030):
+        check(*seeded_case(seed, max_channels=65, samples=1), name, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_stream_ends_where_a_run_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(100, 112):

@@ -15,6 +15,10 @@
 
 #include "view.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "input.h"
 #include "conv.h"
 #include "pool.h"
@@ -39,5 +43,9 @@
 #undef STREAM
 #undef USTREAM
 #undef STREAM_SUFFIX
+
+#include "events.h"
+#include "epilogue.h"
+#include "fused.h"
 
 #include "pass.h"

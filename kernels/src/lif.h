@@ -76,6 +76,28 @@ static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME
     memcpy(decoded, next, sizeof next);
 }
 
+/* From h to the spikes (-1 or 0 a lane), the codes to keep, and what they decode to. */
+static inline STREAM_NAME(vec) STREAM_NAME(lif_fire)(const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
+                                                     STREAM_NAME(vec) h, STREAM_NAME(vec) *code,
+                                                     STREAM_NAME(vec) *decoded)
+{
+    STREAM_NAME(vec) fired, u;
+    if (op->pre_fire) {
+        STREAM_NAME(lif_search)(op, k, h, code, decoded);
+        fired = (STREAM_NAME(vec))(*code > k->q_th);
+        *code &= ~fired;
+        *decoded = (*decoded & ~fired) | (k->decode_zero & fired);
+        return fired;
+    }
+    fired = (STREAM_NAME(vec))(h > k->v_th);
+    if (op->soft)
+        u = (STREAM_NAME(vec))((STREAM_NAME(uvec))h - (STREAM_NAME(uvec))(fired & k->v_soft));
+    else
+        u = h & ~fired;
+    STREAM_NAME(lif_search)(op, k, u, code, decoded);
+    return fired;
+}
+
 static void STREAM_NAME(lif_trace)(const frame *f, const mdsnn_op *op, ptrdiff_t plane, ptrdiff_t at, int channels,
                                    int c, int lanes, int t, const STREAM *h, const int8_t *s, const int8_t *q)
 {
@@ -88,37 +110,33 @@ static void STREAM_NAME(lif_trace)(const frame *f, const mdsnn_op *op, ptrdiff_t
     }
 }
 
+/* decode[q] of the codes kept from the pass before. */
+static inline STREAM_NAME(vec) STREAM_NAME(lif_decoded)(const frame *f, const mdsnn_op *op,
+                                                        const STREAM_NAME(lif_constants) *k, const int8_t *q,
+                                                        int lanes)
+{
+    STREAM_NAME(vec) decoded;
+    STREAM lane[LANES];
+    if (f->fresh)
+        return k->decode_zero;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = (STREAM)op->decode[(i < lanes ? q[i] : 0) + op->top];
+    memcpy(&decoded, lane, sizeof decoded);
+    return decoded;
+}
+
 /* All steps of the neurons c..c+lanes of one pixel. x and s are the pixel's first step, q its kept codes. */
 static inline void STREAM_NAME(lif_lanes)(const frame *f, const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
                                           const STREAM *x, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_step, int8_t *q,
                                           int c, int lanes, int channels, ptrdiff_t plane, ptrdiff_t at)
 {
-    STREAM_NAME(vec) code = {0}, decoded = k->decode_zero;
+    STREAM_NAME(vec) code = {0}, decoded = STREAM_NAME(lif_decoded)(f, op, k, q + c, lanes);
     STREAM_NAME(bytes) narrow = {0};
-    if (!f->fresh) {
-        STREAM lane[LANES];
-        memcpy(&narrow, q + c, (size_t)lanes);
-        for (int i = 0; i < LANES; i++)
-            lane[i] = (STREAM)op->decode[narrow[i] + op->top];
-        memcpy(&decoded, lane, sizeof decoded);
-    }
     for (int t = 0; t < f->steps; t++) {
-        STREAM_NAME(vec) h = {0}, fired, u;
+        STREAM_NAME(vec) h = {0}, fired;
         memcpy(&h, x + t * x_step + c, (size_t)lanes * sizeof(STREAM));
         h = (STREAM_NAME(vec))((STREAM_NAME(uvec))h + (STREAM_NAME(uvec))decoded);
-        if (op->pre_fire) {
-            STREAM_NAME(lif_search)(op, k, h, &code, &decoded);
-            fired = (STREAM_NAME(vec))(code > k->q_th);
-            code &= ~fired;
-            decoded = (decoded & ~fired) | (k->decode_zero & fired);
-        } else {
-            fired = (STREAM_NAME(vec))(h > k->v_th);
-            if (op->soft)
-                u = (STREAM_NAME(vec))((STREAM_NAME(uvec))h - (STREAM_NAME(uvec))(fired & k->v_soft));
-            else
-                u = h & ~fired;
-            STREAM_NAME(lif_search)(op, k, u, &code, &decoded);
-        }
+        fired = STREAM_NAME(lif_fire)(op, k, h, &code, &decoded);
         narrow = __builtin_convertvector(fired, STREAM_NAME(bytes));
         narrow = (STREAM_NAME(bytes))(narrow & 1);
         memcpy(s + t * s_step + c, &narrow, (size_t)lanes);

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 1 };
+enum mdsnn_version { MDSNN_CONTRACT = 2 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -30,7 +30,16 @@ enum mdsnn_kind {
     MDSNN_MAX_POOL,
     MDSNN_SUM_POOL,
     MDSNN_FLATTEN,
-    MDSNN_READOUT
+    MDSNN_READOUT,
+    MDSNN_FUSED      /* a convolution, its bn, and where they follow a residual add and a LIF; 16-bit stream */
+};
+
+/* How a fused convolution is computed. */
+enum mdsnn_method {
+    MDSNN_EVENTS_8,  /* spikes: rows of weights added in 8 bits, moved to 16 bits every `flush` rows */
+    MDSNN_EVENTS_16, /* spikes: rows of weights added in 16 bits */
+    MDSNN_PAIRS,     /* codes of 8 bits: products of pairs of inputs, 32 bits */
+    MDSNN_TILES      /* spikes or codes of 8 bits: AMX */
 };
 
 enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
@@ -61,6 +70,7 @@ typedef struct mdsnn_op {
     const int32_t *multiplier;
     const int64_t *offset;
     const uint8_t *shift;
+    const int32_t *offset_32, *shift_32; /* the same, padded to 64 channels with 0, as is multiplier */
     const int32_t *table;  /* dense: the rows;  readout: the bias */
     const int64_t *start;
     int32_t wide;          /* 1: multiplier*acc + offset needs 64 bits */
@@ -78,6 +88,13 @@ typedef struct mdsnn_op {
     int32_t code_base, code_count;
     int32_t v_th, v_soft, q_th;
     int32_t pre_fire, soft;
+    /* fused: `other` is the value to add, `out` the stream to store; the parts are operations of their own kind */
+    const struct mdsnn_op *bn;
+    const struct mdsnn_op *fire; /* the LIF, or null */
+    int32_t method;        /* enum mdsnn_method */
+    int32_t flush;         /* rows that 8 bits can add */
+    int32_t band;          /* output rows worked on at a time */
+    int64_t work_lists, work_starts, work_sums; /* bytes into scratch */
     int64_t state;         /* lif: bytes into the state, q [y][x][channels] int8;  readout: the sums, int32 */
 } mdsnn_op;
 

@@ -53,6 +53,9 @@ static void NAME(run_op)(const frame *f, const mdsnn_op *op)
     case MDSNN_FLATTEN:
         NAME(flatten)(f, op);
         break;
+    case MDSNN_FUSED:
+        NAME(fused)(f, op);
+        break;
     default:
         NAME(readout)(f, op);
     }
@@ -66,7 +69,7 @@ void NAME(mdsnn_pass)(const frame *f)
         const mdsnn_op *op = &f->plan->ops[i];
         if (f->fresh || !op->fixed)
             NAME(run_op)(f, op);
-        if (op->out >= 0)
-            NAME(count_out)(f, op);
+        if (op->kind == MDSNN_FUSED ? op->fire != 0 : op->out >= 0)
+            NAME(count_out)(f, op->kind == MDSNN_FUSED ? op->fire : op);
     }
 }
