@@ -11,20 +11,23 @@ formulas and what is not modelled.
 from .activity import Activity, Load, load_activity, measure, save_activity, uniform
 from .config import Chip, Constant, chip_schema, load_chip, shipped_chips
 from .cost import physical_cost, prepare, spikesim_cost
-from .crossbar import AdcAccuracy, CrossbarNetwork, adc_accuracy
+from .crossbar import AdcAccuracy, AnalogAccuracy, CrossbarNetwork, Devices, adc_accuracy, analog_accuracy
 from .mapping import Workload, from_network, ms_resnet, network_digest
 from .report import Report, build_report, render_html, summary, to_csv
 
 __all__ = [
     "Activity",
     "AdcAccuracy",
+    "AnalogAccuracy",
     "Chip",
     "Constant",
     "CrossbarNetwork",
+    "Devices",
     "Load",
     "Report",
     "Workload",
     "adc_accuracy",
+    "analog_accuracy",
     "build_report",
     "chip_schema",
     "from_network",

@@ -3,12 +3,12 @@
 Every weight layer is stored once as conductances (with device variation, if any); at run time each input bit plane
 drives the rows, each crossbar's column sums go through the ADC, and the digital side shifts, adds and takes the offset
 off. With ideal devices and a lossless ADC the result equals the integer engine bit for bit, which the tests hold.
-Wires are ideal here: IR drop is not modelled.
+Device variation, stuck cells and IR drop are drawn or solved once, when a network is programmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -26,6 +26,7 @@ from .cells import conductance, levels, slice_factors, vary
 from .config import Chip
 from .converters import AdcCheck, check_adc, convert, lossless_bits
 from .mapping import Layer, Workload, from_network, row_tiles
+from .wires import effective_conductance
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +46,76 @@ class ProgrammedLayer:
     top_level: int
 
 
-def program(layer: Layer, chip: Chip, *, sigma: float = 0.0, rng: np.random.Generator | None = None) -> ProgrammedLayer:
+@dataclass(frozen=True)
+class Devices:
+    """What keeps cells and wires from being ideal; the default is ideal.
+
+    sigma       sigma/mu of the conductances, see cells.vary
+    stuck_low   share of cells stuck at level 0       stuck_high  share stuck at the top level
+    ir_drop     whether the chip's wires have their resistance, see wires.effective_conductance
+    raises      ConfigError  for a share outside 0..1, together above 1, or a sigma outside 0..2
+    """
+
+    sigma: float = 0.0
+    stuck_low: float = 0.0
+    stuck_high: float = 0.0
+    ir_drop: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sigma <= 2.0:
+            raise ConfigError(f"sigma = {self.sigma!r} is outside 0..2")
+        for what, share in (("stuck_low", self.stuck_low), ("stuck_high", self.stuck_high)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{what} = {share!r} is outside 0..1")
+        if self.stuck_low + self.stuck_high > 1.0:
+            raise ConfigError(f"stuck_low + stuck_high = {self.stuck_low + self.stuck_high:g} is above 1")
+
+    @property
+    def random(self) -> bool:
+        """Whether programming draws random numbers."""
+        return self.sigma > 0 or self.stuck_low > 0 or self.stuck_high > 0
+
+
+IDEAL = Devices()
+
+
+def _cells(
+    level: npt.NDArray[np.uint8], chip: Chip, devices: Devices, rng: np.random.Generator | None
+) -> npt.NDArray[np.float64]:
+    """Conductances of one crossbar's cells as they act, in levels above level 0: (rows, columns) float64."""
+    if devices == IDEAL:
+        return level.astype(np.float64)
+    cell_bits, g_min, g_max = chip.integer("cell.bits"), chip["cell.g_min"], chip["cell.g_max"]
+    top = (1 << cell_bits) - 1
+    if rng is not None and (devices.stuck_low or devices.stuck_high):
+        draw = rng.random(level.shape)
+        level = np.where(draw < devices.stuck_low, 0, level)
+        level = np.where(draw >= 1.0 - devices.stuck_high, top, level)
+    g = conductance(level, g_min, g_max, cell_bits)
+    if rng is not None and devices.sigma:
+        g = vary(g, devices.sigma, rng)
+    if devices.ir_drop:
+        columns = chip.integer("crossbar.columns")
+        row, column = chip["wire.row_resistance"], chip["wire.column_resistance"]
+        blocks = [g[:, at : at + columns] for at in range(0, g.shape[1], columns)]
+        g = np.concatenate([effective_conductance(block, row, column) for block in blocks], axis=1)
+    return (g - g_min) / ((g_max - g_min) / top)
+
+
+def program(
+    layer: Layer, chip: Chip, *, devices: Devices = IDEAL, rng: np.random.Generator | None = None
+) -> ProgrammedLayer:
     """Store the codes of `layer` in cells, once.
 
-    sigma   sigma/mu of the conductances; 0 for ideal devices        rng  needed where sigma > 0
-    raises  ConfigError  for a layer without codes, or variation without a generator
+    rng     needed where the devices are random
+    raises  ConfigError  for a layer without codes, or random devices without a generator
     """
     if layer.codes is None:
         raise ConfigError(f"layer {layer.name!r}: has no weight codes to program")
-    if sigma and rng is None:
+    if devices.random and rng is None:
         raise ConfigError("device variation needs a random generator: pass rng=numpy.random.default_rng(seed)")
     cell_bits, coding = chip.integer("cell.bits"), chip.choice("mapping.coding")
     scheme, rows = chip.choice("mapping.scheme"), chip.integer("crossbar.rows")
-    g_min, g_max = chip["cell.g_min"], chip["cell.g_max"]
-    step = (g_max - g_min) / ((1 << cell_bits) - 1)
     stored = levels(layer.codes, layer.bits, cell_bits, coding)  # columns, C_out, C_in/groups, kh, kw
     columns = len(stored)
     per_in, per_out = layer.c_in // layer.groups, layer.c_out // layer.groups
@@ -73,12 +130,7 @@ def program(layer: Layer, chip: Chip, *, sigma: float = 0.0, rng: np.random.Gene
         for block in np.unique(flat):
             at = np.flatnonzero(flat == block)
             level = own[:, :, at].transpose(2, 1, 0).reshape(len(at), per_out * columns)
-            if sigma:
-                assert rng is not None  # checked above
-                g = (vary(conductance(level, g_min, g_max, cell_bits), sigma, rng) - g_min) / step
-            else:
-                g = level.astype(np.float64)
-            cells.append((group, at + group * per_in * layer.taps, g))
+            cells.append((group, at + group * per_in * layer.taps, _cells(level, chip, devices, rng)))
     offset = delta(layer.bits) if coding == "offset" else 0
     return ProgrammedLayer(
         layer, tuple(cells), slice_factors(layer.bits, cell_bits, coding), offset, (1 << cell_bits) - 1
@@ -147,10 +199,10 @@ class CrossbarNetwork:
     """A network programmed into crossbars once; `run` gives logits.
 
     chip      model physical
-    adc_bits  None: the chip's; 16 or more count as lossless wherever the crossbar has fewer than 65536 levels
+    adc_bits  1..32; None: the chip's
     transfer  "clip" or "scale"
-    sigma     device variation; None: the chip's cell.sigma needs rng, so the default is ideal devices, 0
-    raises    ConfigError  for variation without a generator
+    devices   ideal by default      rng  needed where they are random
+    raises    ConfigError  for random devices without a generator
     """
 
     def __init__(
@@ -160,7 +212,7 @@ class CrossbarNetwork:
         *,
         adc_bits: int | None = None,
         transfer: str = "clip",
-        sigma: float = 0.0,
+        devices: Devices = IDEAL,
         rng: np.random.Generator | None = None,
     ) -> None:
         chip.require("physical")
@@ -173,7 +225,7 @@ class CrossbarNetwork:
         for layer in from_network(network).layers:
             node = nodes[layer.name]
             assert isinstance(node, Conv | Linear | Readout)  # that is what a workload's layers are made of
-            by_weight[id(node.weight)] = program(layer, chip, sigma=sigma, rng=rng)
+            by_weight[id(node.weight)] = program(layer, chip, devices=devices, rng=rng)
         kernels = cast(ModuleType, _Kernels(by_weight, bits, transfer))
         self._backend = NodeBackend(network, kernels, "crossbar")
 
@@ -240,6 +292,80 @@ def adc_accuracy(
             )
         )
     return tuple(results)
+
+
+@dataclass(frozen=True)
+class AnalogAccuracy:
+    """Accuracy over trials, each programmed anew.
+
+    accuracies     one a trial      mean, low, high  the mean and its 95 % confidence interval over programmings
+    """
+
+    devices: Devices
+    bits: int
+    transfer: str
+    samples: int
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return float(np.mean(self.accuracies))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the mean over programmings, Student's t, cut to 0..1; one trial: 0..1."""
+        n = len(self.accuracies)
+        if n < 2:
+            return 0.0, 1.0
+        half = _student_t(n - 1) * float(np.std(self.accuracies, ddof=1)) / np.sqrt(n)
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+
+
+def _student_t(freedom: int) -> float:
+    """97.5 % quantile of Student's t; tabulated where it differs from the normal by more than 1 %."""
+    table: tuple[float, ...]
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+    table += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
+    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
+
+
+def analog_accuracy(
+    network: IntegerNetwork,
+    pixels: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    chip: Chip,
+    *,
+    trials: int,
+    rng: np.random.Generator,
+    devices: Devices | None = None,
+    adc_bits: int | None = None,
+    transfer: str = "clip",
+    progress: Callable[[int, int], None] | None = None,
+) -> AnalogAccuracy:
+    """Accuracy of the artifact on crossbars of non-ideal devices, by Monte Carlo over programmings.
+
+    labels    (N,) integers          trials  1..10000, each with cells drawn anew from `rng`
+    devices   None: the chip's cell.sigma, no stuck cells, ideal wires
+    adc_bits  None: the chip's       transfer  "clip" or "scale"
+    progress  called with (trials done, trials)
+    raises    InputError   if labels and pixels differ in number        ConfigError  for trials out of range
+    """
+    if type(trials) is not int or not 1 <= trials <= 10000:
+        raise ConfigError(f"trials = {trials!r} is outside 1..10000")
+    array = check_pixels(network, pixels)
+    truth = np.asarray(labels)
+    if truth.shape != (array.shape[-4],):
+        raise InputError(f"{truth.shape} labels for {array.shape[-4]} samples; one each was expected")
+    drawn = Devices(sigma=chip["cell.sigma"]) if devices is None else devices
+    bits = chip.integer("adc.bits") if adc_bits is None else adc_bits
+    accuracies: list[float] = []
+    for trial in range(trials):
+        programmed = CrossbarNetwork(network, chip, adc_bits=bits, transfer=transfer, devices=drawn, rng=rng)
+        accuracies.append(float(np.mean(programmed.run(array).argmax(axis=1) == truth)))
+        if progress is not None:
+            progress(trial + 1, trials)
+    return AnalogAccuracy(drawn, bits, transfer, len(truth), tuple(accuracies))
 
 
 def lossless_check(workload: Workload, chip: Chip, bits: int | None = None) -> dict[str, AdcCheck]:

@@ -56,7 +56,7 @@ NOT_MODELLED: Final = (
     "row drivers, decoders and write circuits; programming energy and endurance",
     "off-chip memory and the sensor interface",
     "routers between tiles in area (their energy is in transport)",
-    "IR drop, noise, drift and stuck cells (energy and latency do not depend on them; accuracy does)",
+    "noise and drift; IR drop, variation and stuck cells reach accuracy (analog_accuracy), not energy or latency",
     "power gating: all silicon leaks for as long as a sample takes",
 )
 PROJECTED: Final = (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdsnn.hwsim import config, report
 from mdsnn.hwsim.config import (
     KEYS,
     MAX_CHIP_BYTES,
@@ -19,7 +21,7 @@ from mdsnn.hwsim.config import (
     parse_chip,
     shipped_chips,
 )
-from mdsnn.kernels.errors import ConfigError, MdsnnError
+from mdsnn.kernels.errors import ConfigError, MdsnnError, MissingError
 
 
 def leaf(value: object, unit: str = "1", source: str = "a test", confidence: str = "low") -> str:
@@ -204,3 +206,14 @@ def test_the_schema_is_closed_and_knows_every_key() -> None:
         if table not in ("model", "inherits", "description")
     }
     assert stated == set(KEYS)
+
+
+def test_a_missing_extra_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.setattr(config, "_LEAF", [])
+    with pytest.raises(MissingError, match=r"pip install 'mdsnn\[report\]'"):
+        load_chip("fefet32")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    report._template.cache_clear()
+    with pytest.raises(MissingError, match=r"pip install 'mdsnn\[report\]'"):
+        report._template()

@@ -49,7 +49,15 @@ from mdsnn.hwsim.cost import (
     three_energies,
     weak_share,
 )
-from mdsnn.hwsim.crossbar import CrossbarNetwork, accumulate, adc_accuracy, lossless_check, program
+from mdsnn.hwsim.crossbar import (
+    CrossbarNetwork,
+    Devices,
+    accumulate,
+    adc_accuracy,
+    analog_accuracy,
+    lossless_check,
+    program,
+)
 from mdsnn.hwsim.mapping import (
     Layer,
     Workload,
@@ -61,6 +69,7 @@ from mdsnn.hwsim.mapping import (
     row_tiles,
 )
 from mdsnn.hwsim.report import build_report, number, render_html, summary, to_csv
+from mdsnn.hwsim.wires import effective_conductance
 from mdsnn.kernels import Engine, IntegerNetwork, reference
 from mdsnn.kernels.errors import ConfigError, InputError
 from mdsnn.kernels.formats import delta
@@ -486,12 +495,12 @@ def test_a_small_adc_and_varied_cells_do_differ(case: Any) -> None:
     assert layer.codes is not None
     exact = reference.conv2d(x, layer.codes, layer.stride, layer.padding, layer.groups)
     assert not np.array_equal(accumulate(program(layer, CHIP), x, 2, "clip"), exact)
-    varied = program(layer, CHIP, sigma=0.2, rng=np.random.default_rng(1))
-    again = program(layer, CHIP, sigma=0.2, rng=np.random.default_rng(1))
+    varied = program(layer, CHIP, devices=Devices(sigma=0.2), rng=np.random.default_rng(1))
+    again = program(layer, CHIP, devices=Devices(sigma=0.2), rng=np.random.default_rng(1))
     assert not np.array_equal(accumulate(varied, x, 12, "clip"), exact)
     np.testing.assert_array_equal(accumulate(varied, x, 12, "clip"), accumulate(again, x, 12, "clip"))
     with pytest.raises(ConfigError, match="random generator"):
-        CrossbarNetwork(network, CHIP, sigma=0.1)
+        CrossbarNetwork(network, CHIP, devices=Devices(sigma=0.1))
 
 
 def test_accuracy_under_adcs(case: Any) -> None:
@@ -503,6 +512,99 @@ def test_accuracy_under_adcs(case: Any) -> None:
     assert results[-1].accuracy == results[-1].agreement == 1.0
     with pytest.raises(InputError, match="labels"):
         adc_accuracy(network, pixels, truth[:1], CHIP)
+
+
+def mesh_by_hand(g: np.ndarray, r_row: float, r_col: float) -> np.ndarray:
+    """The same circuit node by node, dense: row-wire nodes, then column-wire nodes."""
+    rows, columns = g.shape
+    size = 2 * rows * columns
+    out = np.zeros(g.shape)
+    matrix = np.zeros((size, size))
+
+    def node(kind: int, i: int, j: int) -> int:
+        return kind * rows * columns + i * columns + j
+
+    def resistor(one: int, two: int | None, value: float) -> None:
+        matrix[one, one] += value
+        if two is not None:
+            matrix[two, two] += value
+            matrix[one, two] -= value
+            matrix[two, one] -= value
+
+    for i in range(rows):
+        for j in range(columns):
+            resistor(node(0, i, j), node(0, i, j - 1) if j else None, 1 / r_row)
+            resistor(node(1, i, j), node(1, i + 1, j) if i + 1 < rows else None, 1 / r_col)
+            resistor(node(0, i, j), node(1, i, j), g[i, j])
+    for row in range(rows):
+        current = np.zeros(size)
+        current[node(0, row, 0)] = 1 / r_row
+        voltage = np.linalg.solve(matrix, current)
+        out[row] = [voltage[node(1, rows - 1, j)] / r_col for j in range(columns)]
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (5, 1), (6, 7)])
+def test_ir_drop_is_the_circuit_node_by_node(shape: tuple[int, int]) -> None:
+    g = np.random.default_rng(4).uniform(5e-6, 50e-6, shape)
+    got = effective_conductance(g, 600.0, 1800.0)
+    np.testing.assert_allclose(got, mesh_by_hand(g, 600.0, 1800.0), rtol=1e-9)
+    assert (got < g).all()
+    np.testing.assert_allclose(effective_conductance(g, 1e-3, 1e-3), g, rtol=1e-5)
+    np.testing.assert_array_equal(effective_conductance(g, 0.0, 0.0), g)
+    for r_row, r_col in ((600.0, 0.0), (0.0, 1800.0)):  # an ideal wire on one side is the limit of a good one
+        almost = mesh_by_hand(g, r_row or 1e-5, r_col or 1e-5)
+        np.testing.assert_allclose(effective_conductance(g, r_row, r_col), almost, rtol=1e-5)
+
+
+def test_ir_drop_of_one_cell_is_a_series_of_resistors() -> None:
+    got = effective_conductance(np.array([[50e-6]]), 600.0, 1800.0)
+    assert got[0, 0] == pytest.approx(1 / (1 / 50e-6 + 600.0 + 1800.0), rel=1e-12)
+    with pytest.raises(ConfigError, match="wire"):
+        effective_conductance(np.array([[50e-6]]), -1.0, 0.0)
+
+
+def test_stuck_cells_and_wires_reach_the_accumulators() -> None:
+    codes = np.random.default_rng(0).integers(-7, 8, (8, 6, 3, 3)).astype(np.int8)
+    layer = conv_layer(codes=codes)
+    low = program(layer, CHIP, devices=Devices(stuck_low=1.0), rng=np.random.default_rng(0))
+    assert all((g == 0).all() for _, _, g in low.cells)
+    high = program(layer, CHIP, devices=Devices(stuck_high=1.0), rng=np.random.default_rng(0))
+    assert all(np.allclose(g, 15) for _, _, g in high.cells)
+    some = program(layer, CHIP, devices=Devices(stuck_low=0.1, stuck_high=0.1), rng=np.random.default_rng(0))
+    ideal = program(layer, CHIP)
+    changed = np.concatenate([(abs(a[2] - b[2]) > 1e-6).ravel() for a, b in zip(some.cells, ideal.cells, strict=True)])
+    assert 0.1 < changed.mean() < 0.25
+    dropped = program(layer, CHIP, devices=Devices(ir_drop=True))
+    assert all((a[2] < b[2]).all() for a, b in zip(dropped.cells, ideal.cells, strict=True))
+    for wrong in ({"sigma": -1.0}, {"sigma": math.nan}, {"stuck_low": 1.5}, {"stuck_low": 0.6, "stuck_high": 0.6}):
+        with pytest.raises(ConfigError):
+            Devices(**wrong)
+
+
+def test_analog_accuracy_is_seeded_and_ideal_devices_lose_nothing(case: Any) -> None:
+    network, pixels = case
+    truth = Engine(network, "reference", 1).run(pixels).predictions
+    seen: list[tuple[int, int]] = []
+
+    def run(seed: int, **over: Any) -> Any:
+        return analog_accuracy(
+            network, pixels, truth, CHIP, rng=np.random.default_rng(seed), adc_bits=16, **{"trials": 3, **over}
+        )
+
+    ideal = run(0, devices=Devices(), progress=lambda done, of: seen.append((done, of)))
+    assert ideal.accuracies == (1.0, 1.0, 1.0)
+    assert ideal.interval == (1.0, 1.0)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert run(5) == run(5)
+    assert run(5).devices.sigma == 0.2
+    assert run(1, trials=1).interval == (0.0, 1.0)
+    low, high = replace(ideal, accuracies=(0.4, 0.6)).interval
+    assert (low, high) == (0.0, 1.0)
+    low, high = replace(ideal, accuracies=(0.4, 0.5, 0.6)).interval
+    assert (low, high) == (pytest.approx(0.5 - 4.303 * 0.1 / 3**0.5), pytest.approx(0.5 + 4.303 * 0.1 / 3**0.5))
+    with pytest.raises(ConfigError, match="trials"):
+        run(0, trials=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- mapping
