@@ -76,6 +76,15 @@ def test_the_paper_networks(make, blocks):
     assert len(taps(model, "conv")) == convs
 
 
+@pytest.mark.parametrize(("stem", "sides"), [("cifar", [32, 32, 16]), ("imagenet", [16, 8, 4])])
+def test_stems_and_groups_halve_the_size(stem, sides):
+    model, seen = ms_resnet((1, 1), (4, 6), stem=stem), []
+    for module in (model.stem, *model.groups):
+        module.register_forward_hook(lambda _, given, out: seen.append(tuple(out.shape[-3:])))
+    model(pixels(2, 3, 32))
+    assert seen == [(c, side, side) for c, side in zip((4, 4, 6), sides, strict=True)]
+
+
 def test_taps_are_the_same_places_in_teacher_and_student():
     for where in ("conv", "block", "group"):
         assert names(ms_resnet((1, 1), (4, 6)), where) == names(ms_resnet((1, 1), (4, 6), **STUDENT), where)
