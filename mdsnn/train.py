@@ -195,6 +195,9 @@ class _Run:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise MissingError("device 'cuda': torch sees no GPU here; leave device at 'cpu', or install a CUDA torch")
         self.folder = make_folder(config.save_path)
+        if config.teacher_path is not None and Path(config.teacher_path).resolve().parent == self.folder.resolve():
+            raise ConfigError(f"{config.teacher_path}: the teacher lies in save_path, where this run would replace it")
+        resume = resume and (self.folder / LAST).exists()
         for name in (LAST, FINAL):
             check_writable(self.folder / name, force=resume or force)
         self.data = datasets.load(config.data, config.data_path) if data is None else data
@@ -214,7 +217,7 @@ class _Run:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
-        if resume and (self.folder / LAST).exists():
+        if resume:
             self._restore()
         else:
             for name in (LAST, FINAL):  # a forced run starts clean: an old last.ckpt must not outlive its recipe
@@ -408,7 +411,7 @@ class _Run:
         write_text(self.folder / RECIPE, json.dumps(document, indent=2, sort_keys=True) + "\n", force=True)
 
 
-_REMEDY = "Lower lr, set grad_clip, or start from a teacher; last.ckpt still holds the epoch before"
+_REMEDY = "Lower lr, set grad_clip, or start from a teacher; what was saved before is whole"
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

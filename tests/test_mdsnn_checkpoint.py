@@ -249,14 +249,20 @@ def test_the_document_that_the_bits_were_flipped_in_is_valid(tmp_path):
 # ------------------------------------------------------------------------------------------- PyTorch's own files
 
 
-def test_a_foreign_state_dictionary_is_read_by_name(tmp_path):
+def test_a_foreign_state_dictionary_is_read_by_name_in_a_process_without_a_shell(tmp_path, monkeypatch):
+    seen = []
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (seen.append((a, k)), real(*a, **k))[1])
     model = tiny(4)
     wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / "x.pth")
-    tensors = checkpoint.load_foreign(tmp_path / "x.pth")
+    torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / "a b;c.pth")
+    tensors = checkpoint.load_foreign(tmp_path / "a b;c.pth")
     other = build(model.config)
-    checkpoint.apply(other, tensors, "x.pth")
+    checkpoint.apply(other, tensors, "a b;c.pth")
     assert same(other, model)
+    (((command,), options),) = seen
+    assert isinstance(command, list)
+    assert not options.get("shell")
 
 
 def test_half_precision_widens_and_what_is_no_tensor_is_named(tmp_path):
@@ -307,14 +313,3 @@ def test_memory_of_the_foreign_reader_is_bounded(tmp_path):
     torch.save({"a": torch.zeros(1).expand(1 << 26)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"not a PyTorch checkpoint of plain tensors: .*([Mm]emory|alloc)"):
         checkpoint.load_foreign(tmp_path / "x.pth", megabytes=64)
-
-
-def test_the_child_is_a_plain_subprocess_without_a_shell(tmp_path, monkeypatch):
-    seen = []
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (seen.append((a, k)), real(*a, **k))[1])
-    torch.save({"a": torch.zeros(1)}, tmp_path / "a b;c.pth")
-    assert list(checkpoint.load_foreign(tmp_path / "a b;c.pth")) == ["a"]
-    ((command,), options) = seen[0]
-    assert isinstance(command, list)
-    assert not options.get("shell")

@@ -354,6 +354,15 @@ def test_an_earlier_run_is_kept_unless_forced_or_resumed(tmp_path, data):
     assert not (tmp_path / "last.ckpt").exists()  # the old run's files do not outlive its recipe
 
 
+def test_resuming_replaces_no_model_that_this_run_did_not_make(tmp_path, data, teacher):
+    (tmp_path / "model.ckpt").write_bytes(teacher.read_bytes())
+    with pytest.raises(StorageError, match=r"model.ckpt: exists and is kept"):
+        train.train(recipe(save_path=tmp_path, **SMALL), data=data, resume=True)
+    with pytest.raises(ConfigError, match=r"the teacher lies in save_path"):
+        train.train(student(tmp_path / "model.ckpt", tmp_path), data=data, force=True)
+    assert (tmp_path / "model.ckpt").read_bytes() == teacher.read_bytes()
+
+
 def test_a_damaged_last_checkpoint_is_an_error_not_a_fresh_start(tmp_path, data):
     config = recipe(save_path=tmp_path, **{**SMALL, "epochs": 1})
     train.train(config, data=data)
