@@ -194,12 +194,16 @@ def _entry_bits(array: Array) -> int:
 def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
     """The workload of an exported network: every conv, linear, readout, LIF, add, requantize, pool and table."""
     proof = network.proof
-    feeders: dict[str, frozenset[str]] = {}
+    feeders: dict[str, frozenset[str]] = {}  # node -> the weight layers whose results it is made of
+    behind: dict[str, frozenset[str]] = {}  # weight layer -> all weight layers before it
     for node in network.nodes:
+        made_of: frozenset[str] = frozenset().union(*(feeders[source] for source in node.inputs))
         if isinstance(node, Conv | Linear):
-            feeders[node.name] = frozenset((node.name,))
-        else:
-            feeders[node.name] = frozenset().union(*(feeders[source] for source in node.inputs))
+            behind[node.name] = made_of.union(*(behind[name] for name in made_of))
+            made_of = frozenset((node.name,))
+        elif len(made_of) > 1:  # what another one waits for itself need not be waited for
+            made_of = made_of.difference(*(behind[name] for name in made_of))
+        feeders[node.name] = made_of
     order = {node.name: place for place, node in enumerate(network.nodes)}
     bns: dict[str, Node] = {n.source: n for n in network.nodes if isinstance(n, BnAffine | BnDense)}
     layers: list[Layer] = []

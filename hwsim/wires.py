@@ -70,10 +70,10 @@ def effective_conductance(
             drive[b[row], row] += g[row]
     one = np.concatenate([e[0] for e in ends])
     two = np.concatenate([e[1] for e in ends])
-    value = np.concatenate([e[2] for e in ends])
+    joined = np.concatenate([e[2] for e in ends])
     at = np.arange(size)
     matrix = coo_array(
-        (np.concatenate([diagonal, -value, -value]), (np.concatenate([at, one, two]), np.concatenate([at, two, one])))
+        (np.concatenate([diagonal, -joined, -joined]), (np.concatenate([at, one, two]), np.concatenate([at, two, one])))
     )
     voltages = splu(matrix.tocsc()).solve(drive)
     if b is not None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ from mdsnn.hwsim.crossbar import (
     program,
 )
 from mdsnn.hwsim.mapping import (
+    RESNET_BLOCKS,
     Layer,
     Workload,
     floorplan,
@@ -72,8 +73,27 @@ from mdsnn.hwsim.report import build_report, number, render_html, summary, to_cs
 from mdsnn.hwsim.wires import effective_conductance
 from mdsnn.kernels import Engine, IntegerNetwork, reference
 from mdsnn.kernels.errors import ConfigError, InputError
-from mdsnn.kernels.formats import delta
-from mdsnn.kernels.network import Conv, Lif
+from mdsnn.kernels.formats import (
+    Grid,
+    decode_table,
+    delta,
+    event_table,
+    image_table,
+    requantize_thresholds,
+    shortcut_shift,
+    threshold_code,
+)
+from mdsnn.kernels.network import (
+    Add,
+    BnAffine,
+    Conv,
+    InputSpec,
+    InputTable,
+    Lif,
+    Readout,
+    Requantize,
+    SumPool,
+)
 from planted import network_cases, seeded_case
 
 CHIP = load_chip("fefet32")
@@ -668,6 +688,63 @@ def test_a_workload_counts_every_node(case: Any) -> None:
     for at, layer in enumerate(workload.layers):
         assert all(places[feeder] < at for feeder in layer.feeders)
         assert bool(layer.feeders) == (at > 0)
+
+
+def integer_resnet(depth: int, shape: tuple[int, int, int], timesteps: int, coding: str) -> IntegerNetwork:
+    """An MS-ResNet of integers with the names of the built-in workload, and weights that do not matter."""
+    nodes: list[Any] = [InputTable("input", image_table([0.5] * shape[0], [0.25] * shape[0]))]
+    if coding == "events":
+        nodes = [InputTable("input", event_table(shape[0]))]
+    grid = Grid()
+
+    def conv(name: str, source: str, c_in: int, c_out: int, kernel: int, stride: int, bits: int) -> str:
+        weight = np.zeros((c_out, c_in, kernel, kernel), np.int8)
+        nodes.append(Conv(name, source, weight, bits, stride, kernel // 2))
+        ones = np.ones(c_out, np.int64)
+        nodes.append(BnAffine(f"{name}.bn", name, ones, ones, ones))
+        return f"{name}.bn"
+
+    def lif(name: str, source: str) -> str:
+        tables = decode_table(1.0, 0.5, 4, grid), requantize_thresholds(1.0, 4, grid)
+        nodes.append(Lif(name, source, 4, *tables, threshold_code(0.5, grid)))
+        return name
+
+    x, c_in, side = conv("stem.conv", "input", shape[0], 64, 3, 1, 8), 64, shape[1]
+    for stage, blocks in enumerate(RESNET_BLOCKS[depth]):
+        c_out = 64 << stage
+        for block in range(blocks):
+            where, stride = f"stage{stage + 1}.{block}", 2 if stage and not block else 1
+            y = conv(f"{where}.conv1", lif(f"{where}.lif1", x), c_in, c_out, 3, stride, 4)
+            y = conv(f"{where}.conv2", lif(f"{where}.lif2", y), c_out, c_out, 3, 1, 4)
+            if stride == 2:
+                nodes.append(Requantize(f"{where}.requantize", x, shortcut_shift(8, grid), 8))
+                weight = np.zeros((c_out, c_in, 1, 1), np.int8)
+                nodes.append(Conv(f"{where}.shortcut", f"{where}.requantize", weight, 4, 2, 0))
+                ones = np.ones(c_out, np.int64)
+                nodes.append(BnAffine(f"{where}.skip", f"{where}.shortcut", ones, ones, ones))
+                x, side = f"{where}.skip", -(-side // 2)
+            nodes.append(Add(f"{where}.add", y, x))
+            x, c_in = f"{where}.add", c_out
+    nodes.append(SumPool("head.pool", lif("head.lif", x), side, side, 1, 0))
+    nodes.append(Readout("head.fc", "head.pool", np.zeros((100, c_in), np.int8), 8, np.zeros(100, np.int64)))
+    return IntegerNetwork(tuple(nodes), InputSpec(*shape, coding), timesteps)
+
+
+@pytest.mark.parametrize(("depth", "coding"), [(18, "image"), (34, "events")])
+def test_the_built_in_workload_is_what_a_network_of_that_shape_gives(depth: int, coding: str) -> None:
+    described = ms_resnet(depth, (3, 16, 16), 3, coding=coding)
+    exported = from_network(integer_resnet(depth, (3, 16, 16), 3, coding))
+    assert [layer.name for layer in described.layers] == [layer.name for layer in exported.layers]
+    for mine, real in zip(described.layers, exported.layers, strict=True):
+        for entry in fields(Layer):
+            if entry.name != "codes":
+                assert getattr(mine, entry.name) == getattr(real, entry.name), (mine.name, entry.name)
+    assert described.populations == exported.populations
+    for op, other in zip(described.stream_ops, exported.stream_ops, strict=True):
+        assert replace(op, source="") == replace(other, source="")
+    assert described.input_table_bits == exported.input_table_bits
+    costs = [priced(w, uniform(w, 0.1), precision=BITS4).totals for w in (described, exported)]
+    assert costs[0] == costs[1]
 
 
 @pytest.mark.parametrize(
