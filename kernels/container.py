@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ MAX_DEPTH = 32
 """Deepest nesting of a document."""
 DIGEST = "sha256"
 _METADATA = "__metadata__"
+_DIGEST_FIELD = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
 _DTYPES = {"I8": "i1", "U8": "u1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8"}
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 
@@ -122,17 +124,20 @@ class _Reader:
 
     def split(self) -> tuple[bytes, memoryview]:
         size = len(self.content)
-        if size < 10:
+        if size < 16:
             raise self.fail(f"header: {size} bytes are too few for a header. Truncated?")
         length = int.from_bytes(self.content[:8], "little")
-        if not 2 <= length <= MAX_HEADER or length % 8:
-            raise self.fail(f"header: its length says {length}, outside 2..{MAX_HEADER}. Not a file of ours?")
+        if not 8 <= length <= MAX_HEADER or length % 8:
+            raise self.fail(
+                f"header: its length says {length}, no multiple of 8 in 8..{MAX_HEADER}. Not a file of ours?"
+            )
         if 8 + length > size:
             raise self.fail(f"header: {length} bytes announced, but the file ends after {size - 8}. Truncated?")
         return self.content[8 : 8 + length], memoryview(self.content)[8 + length :]
 
     def read(self) -> tuple[dict[str, Any], dict[str, Array]]:
         raw, data = self.split()
+        checked = self.digest(raw, data)
         try:
             padded = raw.decode("ascii")
         except UnicodeDecodeError:
@@ -150,11 +155,29 @@ class _Reader:
         if type(document) is not dict or type(document.get(DIGEST)) is not str:
             raise self.fail(f"document: no {DIGEST}")
         stated = document.pop(DIGEST)
-        digest = hashlib.sha256(_header(header, {**document, DIGEST: ""}, self.key))
+        if stated != checked:
+            self.compare(stated, _header(header, {**document, DIGEST: ""}, self.key), data)
+        return document, self.tensors(header, data)
+
+    def compare(self, stated: str, header: bytes, data: memoryview) -> None:
+        digest = hashlib.sha256(header)
         digest.update(data)
         if stated != digest.hexdigest():
             raise self.fail(f"{DIGEST} says {stated[:16]!r}..., the content {digest.hexdigest()[:16]!r}... Damaged?")
-        return document, self.tensors(header, data)
+
+    def digest(self, raw: bytes, data: memoryview) -> str | None:
+        """Check the digest before anything is parsed, if it stands in one place alone; else None, for `read` to do it.
+
+        A text in the document may look like the digest's field. Then only the parsed document can tell them apart.
+        """
+        found = list(_DIGEST_FIELD.finditer(raw))
+        if len(found) != 1:
+            return None
+        start, end = found[0].span(1)
+        header = (raw[:start] + raw[end:]).rstrip(b" ")
+        stated = raw[start:end].decode("ascii")
+        self.compare(stated, header + b" " * (-len(header) % 8), data)
+        return stated
 
     def tensors(self, header: dict[str, Any], data: memoryview) -> dict[str, Array]:
         described: list[tuple[str, np.dtype[Any], tuple[int, ...], int, int]] = []

@@ -10,8 +10,8 @@ The tests run a few thousand. For volume: python tests/hostile.py --raw 100000 -
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
+import json
 import math
 import sys
 import time
@@ -123,12 +123,17 @@ def at(value: Any, path: Path) -> Any:
 
 
 def put(value: Any, path: Path, new: Any) -> Any:
-    """A copy of a JSON value with the part under `path` replaced."""
+    """A copy of a JSON value with the part under `path` replaced, or a key added."""
     if not path:
         return new
-    result = copy.deepcopy(value)
-    at(result, path[:-1])[path[-1]] = new
+    result = dict(value) if isinstance(value, dict) else list(value)
+    result[path[0]] = put(value[path[0]], path[1:], new) if path[1:] else new
     return result
+
+
+def clone(value: Any) -> Any:
+    """A copy of a JSON value, lists and objects and all."""
+    return json.loads(json.dumps(value))
 
 
 class Mutator:
@@ -174,12 +179,12 @@ class Mutator:
 
     def document(self, document: Document) -> Document:
         """One change of the document: a value, a key, an element, a node."""
-        rng, changed = self.rng, copy.deepcopy(document)
+        rng, changed = self.rng, clone(document)
         match self.pick(
             ["value", "value", "near", "near", "delete", "add", "rename", "swap", "repeat", "graft", "node"]
         ):
             case "value":
-                return put(changed, self.pick(leaves(changed)), copy.deepcopy(self.pick(ODD_VALUES)))  # type: ignore[no-any-return]
+                return put(changed, self.pick(leaves(changed)), clone(self.pick(ODD_VALUES)))  # type: ignore[no-any-return]
             case "near":
                 numbers = [path for path in leaves(changed) if type(at(changed, path)) is int]
                 if numbers:
@@ -193,7 +198,7 @@ class Mutator:
                     one, other = self.pick(changed["nodes"]), self.pick(changed["nodes"])
                     key = self.pick([k for k in one if k != "claims"])
                     if key in other:
-                        one[key] = copy.deepcopy(other[key])
+                        one[key] = clone(other[key])
             case what:
                 parent = at(changed, self.pick(branches(changed)))
                 keys: list[Any] = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
@@ -202,20 +207,20 @@ class Mutator:
                     case "delete" if keys:
                         del parent[key]
                     case "add" if isinstance(parent, dict):
-                        parent[self.pick(["x", "", "static", "bits", "weight", "__class__"])] = copy.deepcopy(
+                        parent[self.pick(["x", "", "static", "bits", "weight", "__class__"])] = clone(
                             self.pick(ODD_VALUES)
                         )
                     case "add":
-                        parent.append(copy.deepcopy(self.pick(ODD_VALUES)))
+                        parent.append(clone(self.pick(ODD_VALUES)))
                     case "rename" if keys and isinstance(parent, dict):
                         parent[str(key) + "_"] = parent.pop(key)
                     case "swap" if keys:
                         other = self.pick(keys)
                         parent[key], parent[other] = parent[other], parent[key]
                     case "repeat" if keys and isinstance(parent, list):
-                        parent.insert(int(rng.integers(len(parent) + 1)), copy.deepcopy(parent[key]))
+                        parent.insert(int(rng.integers(len(parent) + 1)), clone(parent[key]))
                     case "graft" if keys:
-                        parent[key] = copy.deepcopy(at(document, self.pick(branches(document))))
+                        parent[key] = clone(at(document, self.pick(branches(document))))
         return changed
 
     def tensors(self, tensors: Tensors) -> Tensors:
@@ -299,7 +304,7 @@ def with_true_claims(document: Document, tensors: Tensors) -> Document:
         network = IntegerNetwork(nodes, InputSpec(**document["input"]), *head)
     except (MdsnnError, TypeError, KeyError, AttributeError, ValueError):
         return document
-    repaired = copy.deepcopy(document)
+    repaired = clone(document)
     for entry in repaired["nodes"]:
         entry["claims"] = artifact._claims(network.proof, entry["name"])
     return repaired

@@ -100,7 +100,7 @@ def test_what_the_container_does_not_hold_is_not_packed(array):
 def test_a_header_over_its_limit_is_neither_written_nor_read():
     with pytest.raises(ArtifactError, match="over 1048576"):
         pack({}, {"text": "x" * (1 << 20)}, KEY)
-    refused((2**20 + 8).to_bytes(8, "little") + b" " * (2**20 + 8), "outside 2..1048576")
+    refused((2**20 + 8).to_bytes(8, "little") + b" " * (2**20 + 8), "no multiple of 8 in 8..1048576")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -139,7 +139,7 @@ def test_every_flipped_bit_is_refused():
 
 @pytest.mark.parametrize("length", [0, 1, 3, 7, 9, 2**32, 2**63, 2**64 - 1])
 def test_a_header_length_that_cannot_be_is_refused(length):
-    refused(length.to_bytes(8, "little") + GOOD[8:], "header: its length says", "outside 2..1048576")
+    refused(length.to_bytes(8, "little") + GOOD[8:], "header: its length says", "no multiple of 8 in 8..1048576")
 
 
 @pytest.mark.parametrize(
@@ -186,14 +186,47 @@ def test_deep_nesting_is_refused_at_any_depth_without_a_recursion_error(depth, o
         assert unpack(content, KEY, "x")[0] == {"d": value}
     else:
         text = open_ * depth + "1" + shut * depth
-        document = '{"d":' + text + ',"sha256":"' + "0" * 64 + '"}'
+        document = '{"d":' + text + ',"sha256":"' + "x" * 64 + '"}'  # no digest: the text is read
         refused(forge('{"__metadata__":{' + json.dumps(KEY) + ":" + json.dumps(document) + "}}"), "document: ")
 
 
 def test_bytes_beyond_ascii_are_refused():
-    content = bytearray(GOOD)
-    content[20] = 0xC3
-    refused(bytes(content), "not ASCII")
+    refused(GOOD[:20] + b"\xc3" + GOOD[21:])
+    text = '{"__metadata__":{"mdsnn.test":"\xc3"}}'.encode("latin-1")
+    text += b" " * (-len(text) % 8)
+    refused(len(text).to_bytes(8, "little") + text, "not ASCII")
+
+
+LOOKALIKES = [
+    {"notes": {"sha256": "0" * 64}},
+    {"a": {"sha256": "f" * 64}, "z": {"sha256": "e" * 64}},
+    {"a": '"sha256":"' + "0" * 64 + '"'},
+    {"a": [{"sha256": "0" * 64}] * 50},
+    {"sha": "sha256", "t": '\\"sha256\\":\\"' + "a" * 64 + '\\"'},
+]
+
+
+@pytest.mark.parametrize("document", LOOKALIKES)
+def test_texts_that_look_like_the_digest_neither_pass_for_it_nor_stop_it(document):
+    tensors = {"a": np.array([1, 2, 3], np.int8)}
+    good = pack(tensors, document, KEY)
+    assert unpack(good, KEY, "x")[0] == document
+    for bit in range(0, 8 * len(good), 7):
+        changed = bytearray(good)
+        changed[bit // 8] ^= 1 << bit % 8
+        refused(bytes(changed))
+
+
+def test_a_digest_that_fits_another_field_is_no_digest():
+    """The one lookalike is right for the file without it, but the document's own digest is missing or wrong."""
+    for outer in ({}, {"sha256": "x" * 64}, {"sha256": 1}):
+
+        def header(digest: str, outer: dict[str, object] = outer) -> str:
+            return canonical_json({"__metadata__": {KEY: canonical_json({"notes": {"sha256": digest}, **outer})}})
+
+        blank = header("").encode()
+        digest = hashlib.sha256(blank + b" " * (-len(blank) % 8)).hexdigest()
+        refused(forge(header(digest)), "sha256")
 
 
 def entry(**changes: object) -> dict[str, object]:
