@@ -78,6 +78,8 @@ def check_writable(path: str | os.PathLike[str], *, force: bool = False) -> Path
             raise ValueError("its name holds a NUL")
         if target.is_dir():
             raise StorageError(f"{target}: is a folder; name a file")
+        if target.exists() and not target.is_file():  # to rename over a device or a pipe would destroy it
+            raise StorageError(f"{target}: is a device or a pipe; name a file")
         if os.path.lexists(target) and not force:
             raise StorageError(f"{target}: exists and is kept; pass --force (force=True) to replace it")
         if not folder.is_dir():
