@@ -169,6 +169,12 @@ def test_pools_with_overlap_and_padding(kernel: int, stride: int, padding: int, 
         assert_exact(net, random_pixels(net))
 
 
+def test_a_sum_over_everything_and_one_with_padding_around_it() -> None:
+    for padding, features in ((0, 3), (2, 3 * 5 * 5)):
+        net = spiking([SumPool("pool", "s", 7, 6, 1, padding), *head("pool", features)], (3, 7, 6))
+        assert_exact(net, random_pixels(net))
+
+
 def test_counts_beyond_a_byte_are_split_into_digits() -> None:
     """Two overlapping sum-pools: counts reach 3,136, read by a convolution, a Linear and another sum-pool."""
     nodes: list[Node] = [
@@ -229,6 +235,32 @@ def test_thresholds_anywhere_in_32_bits(reset: str, bits: int) -> None:
             mode["v_soft"] = 2**30 - 1
         node = lif("s", "bn", bits, decode=decode, thresholds=thresholds, v_th=int(np.median(reached.clip(0))), **mode)
         net = IntegerNetwork(tuple(node if n.name == "s" else n for n in first.nodes), first.input, 4, GRID)
+        assert_exact(net, pixels)
+
+
+@pytest.mark.parametrize("quantize", ["post_reset", "pre_fire"])
+@pytest.mark.parametrize("gap", [1, 2**29], ids=["table", "search"])
+def test_thresholds_beside_the_ends_of_the_membrane(quantize: str, gap: int) -> None:
+    """The membrane saturates at both ends, where each threshold is on it, one below or one above."""
+    nodes: list[Node] = [
+        Conv("conv", "input", np.array([[[[1]]], [[[-1]]]]), 2),
+        BnAffine("bn", "conv", np.array([4096, 4096]), np.array([0, 0]), np.array([0, 0])),
+    ]
+    decode = np.sign(np.arange(-3, 4)) * (gap if gap > 1 else 0)
+    low, high = -4096 + int(decode[0]), 4096 + int(decode[-1])
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    for thresholds in (  # +-4096 gives a code whose decoded value leads on to low or high
+        [low, low + 1, 0, 0, high, high + 1],
+        [low - 1, low, 0, 0, high - 1, high],
+        [low - 1, low - 1, 0, 0, high + 1, high + 1],
+        [low, low, 0, 0, high, high],
+    ):
+        silent = {"v_th": 2**30 - 1} if quantize == "post_reset" else {"q_th": 2}
+        node = lif("s", "bn", 3, decode=decode, thresholds=thresholds, quantize=quantize, **silent)
+        net = network([*nodes, node, *head("s", 512)], (1, 16, 16), 3)
+        assert net.proof.membranes["s"] == (low, high)
+        h = reference(net, pixels).lifs["s"].h
+        assert (h.min(), h.max()) == (low, high)
         assert_exact(net, pixels)
 
 
