@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from mdsnn.export import artifact
 from mdsnn.kernels.engine import Engine, Trace
 from mdsnn.kernels.errors import ConfigError, EnvironmentFault, InputError, MissingError
+from mdsnn.layers import QuantBatchNorm2d
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -52,11 +53,29 @@ def test_every_lif_layer_fires_at_the_wanted_density_on_images_it_was_not_calibr
 
 
 def test_a_seed_makes_one_network() -> None:
-    first, again, other = (
-        artifact.to_bytes(networks.integer_network(networks.SMALL, 4, 0.17, seed=seed, images=4)) for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert first != other
+    first, again, other = (networks.integer_network(networks.SMALL, 4, 0.17, seed=seed, images=4) for seed in (1, 1, 2))
+    assert artifact.to_bytes(first) == artifact.to_bytes(again)
+    assert not np.array_equal(first["stem"].weight, other["stem"].weight)
+
+
+def test_batch_norm_takes_the_statistics_of_the_calibration_images() -> None:
+    twin = networks.float_twin(networks.SMALL, 0.17, seed=7, images=8)
+    model, seen = twin.build(), []
+
+    def measure(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        channels = inputs[0].double().transpose(0, 2).flatten(1)
+        seen.append((layer, channels.mean(1), channels.var(1, correction=0)))
+
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantBatchNorm2d)]
+    for layer in layers:
+        layer.register_forward_pre_hook(measure)
+    pixels = networks.random_images(8, networks.SMALL, np.random.default_rng([7, 1]))
+    with torch.no_grad():
+        model(torch.from_numpy(pixels))
+    assert len(seen) == len(layers) == 6
+    for layer, mean, var in seen:
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-4, atol=1e-5)
 
 
 def test_a_density_out_of_reach_is_refused_by_layer() -> None:
