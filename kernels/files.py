@@ -102,13 +102,10 @@ def atomic_write(path: str | os.PathLike[str], *, force: bool = False) -> Iterat
     target = check_writable(path, force=force)
     folder = target.parent
     temporary = folder / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.mdsnn-tmp"
-    try:
-        sweep(folder)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except OSError as fault:
-        raise StorageError(f"{target}: cannot be written: {fault.strerror or fault}") from fault
-    try:
+    try:  # all of it: an interrupt between two lines must not leave the temporary file either
         try:
+            sweep(folder)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(descriptor, "wb") as stream:
                 yield stream
                 stream.flush()
