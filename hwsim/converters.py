@@ -8,6 +8,7 @@ clips ("clip"), or spreads its steps over the whole range and rounds ("scale").
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,14 +58,18 @@ def adc_step(full_scale: int, bits: int, transfer: str) -> float:
     return 1.0 if transfer == "clip" or top >= full_scale else full_scale / top
 
 
-def convert(sums: npt.NDArray[np.float64], full_scale: int, bits: int, transfer: str) -> npt.NDArray[np.float64]:
+def convert(sums: npt.NDArray[Any], full_scale: int, bits: int, transfer: str) -> npt.NDArray[Any]:
     """What the digital side reads of analog column sums, in levels.
 
-    sums     in levels, any shape
-    returns  same shape: step * clip(rint(sum/step), 0, 2**bits - 1); exact for integer sums where the ADC is lossless
+    sums     in levels, any shape, float32 or float64
+    returns  same shape and dtype: step * clip(rint(sum/step), 0, 2**bits - 1); exact for integer sums where the ADC is
+             lossless
     """
     step = adc_step(full_scale, bits, transfer)
-    out: npt.NDArray[np.float64] = np.clip(np.rint(sums / step), 0, (1 << bits) - 1) * step
+    out = np.rint(sums if step == 1.0 else sums / step)
+    np.clip(out, 0, (1 << bits) - 1, out=out)
+    if step != 1.0:
+        out *= step
     return out
 
 

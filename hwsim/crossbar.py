@@ -33,17 +33,25 @@ from .wires import effective_conductance
 class ProgrammedLayer:
     """A layer's cells as programmed.
 
-    cells    for each row tile and block of rows: (channels, kernel positions) it reads, as flat indices into
-             (C_in*kh*kw,), and its conductances in levels above level 0, (rows, C_out/groups*columns) float64
+    cells    for each block of crossbar rows: its group; the inputs it reads, as flat indices into (kh*kw, C_in); and
+             its conductances in levels above level 0, (rows, columns*C_out/groups), slice by slice, float32 if exact,
+             else float64
+    exact    the cells hold whole levels, so that column sums are whole numbers (exact in float32: below 2**24)
     factors  what each column of a weight counts, see cells.slice_factors
     offset   taken off for every unit of input: delta with offset coding, 0 differential
     """
 
     layer: Layer
-    cells: tuple[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]], ...]
+    cells: tuple[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]], ...]
     factors: npt.NDArray[np.int64]
     offset: int
     top_level: int
+    exact: bool
+
+    @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """What column sums are computed in."""
+        return np.float32 if self.exact else np.float64
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,10 @@ IDEAL = Devices()
 
 def _cells(
     level: npt.NDArray[np.uint8], chip: Chip, devices: Devices, rng: np.random.Generator | None
-) -> npt.NDArray[np.float64]:
-    """Conductances of one crossbar's cells as they act, in levels above level 0: (rows, columns) float64."""
+) -> npt.NDArray[np.floating[Any]]:
+    """Conductances of one crossbar's cells as they act, in levels above level 0: (rows, columns)."""
     if devices == IDEAL:
-        return level.astype(np.float64)
+        return level.astype(np.float32)
     cell_bits, g_min, g_max = chip.integer("cell.bits"), chip["cell.g_min"], chip["cell.g_max"]
     top = (1 << cell_bits) - 1
     if rng is not None and (devices.stuck_low or devices.stuck_high):
@@ -120,7 +128,7 @@ def program(
     columns = len(stored)
     per_in, per_out = layer.c_in // layer.groups, layer.c_out // layer.groups
     tile, _ = row_tiles(layer, rows, scheme)
-    cells: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
+    cells: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]] = []
     for group in range(layer.groups):
         own = stored[:, group * per_out : (group + 1) * per_out].reshape(columns, per_out, per_in * layer.taps)
         ids = tile[group * per_in : (group + 1) * per_in].copy()
@@ -129,11 +137,17 @@ def program(
         flat = ids.reshape(-1)
         for block in np.unique(flat):
             at = np.flatnonzero(flat == block)
-            level = own[:, :, at].transpose(2, 1, 0).reshape(len(at), per_out * columns)
-            cells.append((group, at + group * per_in * layer.taps, _cells(level, chip, devices, rng)))
+            level = own[:, :, at].transpose(2, 0, 1).reshape(len(at), columns * per_out)
+            channel, place = group * per_in + at // layer.taps, at % layer.taps
+            cells.append((group, place * layer.c_in + channel, _cells(level, chip, devices, rng)))
     offset = delta(layer.bits) if coding == "offset" else 0
     return ProgrammedLayer(
-        layer, tuple(cells), slice_factors(layer.bits, cell_bits, coding), offset, (1 << cell_bits) - 1
+        layer,
+        tuple(cells),
+        slice_factors(layer.bits, cell_bits, coding),
+        offset,
+        (1 << cell_bits) - 1,
+        devices == IDEAL,
     )
 
 
@@ -145,25 +159,42 @@ def accumulate(programmed: ProgrammedLayer, x: Array, adc_bits: int, transfer: s
     returns   (N, C_out, H_out, W_out) float64; integers where every conversion is exact
     """
     layer = programmed.layer
-    pad, (kh, kw) = layer.padding, layer.kernel
-    padded = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(2, 3))
-    windows = windows[:, :, :: layer.stride, :: layer.stride]
-    n, _, height, width = windows.shape[:4]
-    flat = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * height * width, layer.c_in * layer.taps)
-    per_out, columns = layer.c_out // layer.groups, len(programmed.factors)
+    pad, (kh, kw), stride = layer.padding, layer.kernel, layer.stride
+    height, width = layer.size_out
+    last = np.pad(x.astype(np.int32).transpose(0, 2, 3, 1), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    n = len(last)
+    windows = np.empty((n, height, width, layer.taps, layer.c_in), np.int32)
+    for ky in range(kh):
+        for kx in range(kw):
+            rows, columns = (
+                slice(ky, ky + stride * (height - 1) + 1, stride),
+                slice(kx, kx + stride * (width - 1) + 1, stride),
+            )
+            windows[:, :, :, ky * kw + kx] = last[:, rows, columns]
+    flat = windows.reshape(n * height * width, layer.taps * layer.c_in)
+    per_out, factors = layer.c_out // layer.groups, [int(factor) for factor in programmed.factors]
     out = np.zeros((len(flat), layer.groups, per_out))
-    for group, at, g in programmed.cells:
-        part = flat[:, at]
-        full_scale = len(at) * programmed.top_level
-        for plane in range(layer.planes):
-            bits = ((part >> plane) & 1).astype(np.float64)
-            sums = convert(bits @ g, full_scale, adc_bits, transfer)
-            weight = -(1 << plane) if layer.low < 0 and plane == layer.planes - 1 else 1 << plane
-            out[:, group] += weight * (sums.reshape(-1, per_out, columns) @ programmed.factors.astype(np.float64))
-        if programmed.offset:
-            out[:, group] -= programmed.offset * part.sum(axis=1, keepdims=True)
+    for plane in range(layer.planes):
+        bits = (flat if layer.planes == 1 else (flat >> plane) & 1).astype(programmed.dtype)
+        weight = -(1 << plane) if layer.low < 0 and plane == layer.planes - 1 else 1 << plane
+        for group, at, g in programmed.cells:
+            sums = bits[:, _as_slice(at)] @ g
+            full_scale = len(at) * programmed.top_level
+            if not programmed.exact or full_scale >= 1 << adc_bits:  # else the conversion changes nothing
+                sums = convert(sums, full_scale, adc_bits, transfer)
+            for number, factor in enumerate(factors):  # the columns lie slice by slice
+                out[:, group] += sums[:, number * per_out : (number + 1) * per_out] * (weight * factor)
+    if programmed.offset:
+        per_in = layer.c_in // layer.groups
+        totals = flat.reshape(-1, layer.taps, layer.groups, per_in).sum(axis=(1, 3), dtype=np.int64)
+        out -= programmed.offset * totals[:, :, None]
     return out.reshape(n, height, width, layer.c_out).transpose(0, 3, 1, 2)
+
+
+def _as_slice(at: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """The same places as a slice where they follow each other, so that taking them copies nothing."""
+    first, last = int(at[0]), int(at[-1])
+    return slice(first, last + 1) if last - first == len(at) - 1 and np.all(np.diff(at) == 1) else at
 
 
 class _Kernels:
