@@ -22,6 +22,7 @@ from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_text
 
 ENGINE_SCHEMA = "mdsnn.bench-engine/1"
+MIN_ROUNDS = 3
 README = Path(__file__).resolve().parent.parent / "README.md"
 _LIMIT = 1 << 24
 
@@ -73,12 +74,15 @@ def engine_tables(document: dict[str, Any]) -> str:
     """The README's section of a benchmark: a table for each workload, then where and how it was measured.
 
     document  of bench_engine.py, schema mdsnn.bench-engine/1
-    raises    InputError  for another schema, a --quick run, or a run in which integers differed
+    raises    InputError  for another schema, a --quick run, too few rounds, or a run in which integers differed
     """
     if document.get("schema") != ENGINE_SCHEMA:
         raise InputError(f"schema {document.get('schema')!r} is not {ENGINE_SCHEMA!r}")
     if document.get("quick"):
         raise InputError("it is of a --quick run, which measures nothing; run bench_engine.py without --quick")
+    rounds = document.get("rounds")
+    if type(rounds) is not int or rounds < MIN_ROUNDS:
+        raise InputError(f"it has {rounds} rounds, of which no median can be taken; run at least {MIN_ROUNDS}")
     if not document.get("agrees"):
         raise InputError("integers differed in this run; find out why before any speed is shown")
     try:

@@ -275,7 +275,7 @@ def test_the_script_measures_and_its_result_becomes_a_table(quick: Path) -> None
     }
     with pytest.raises(InputError, match="--quick run"):
         report.engine_tables(document)
-    text = report.engine_tables({**document, "quick": False})
+    text = report.engine_tables({**document, "quick": False, "rounds": 3})
     assert text.count("\n| ") == 5  # head, rule and three contenders
     assert "| SpikingJelly float32, multi-step | float32 |" in text
 
@@ -341,6 +341,7 @@ def test_the_engine_table_shows_what_was_measured() -> None:
         ({"schema": "mdsnn.bench/1"}, "schema 'mdsnn.bench/1' is not"),
         ({"agrees": False}, "integers differed"),
         ({"quick": True}, "--quick run"),
+        ({"rounds": 2}, "it has 2 rounds, of which no median"),
         ({"workloads": None}, "lacks or misuses"),
         ({"machine": {}}, "lacks or misuses 'processor'"),
     ],
