@@ -43,7 +43,7 @@ from mdsnn.export import artifact
 from mdsnn.export.verify import Executor, verify
 from mdsnn.kernels.engine import Engine, Trace
 from mdsnn.kernels.errors import ConfigError, EnvironmentFault, MdsnnError, MissingError
-from mdsnn.kernels.files import check_writable, write_text
+from mdsnn.kernels.files import check_writable, make_folder, write_text
 from mdsnn.kernels.network import IntegerNetwork
 
 if TYPE_CHECKING:
@@ -669,6 +669,7 @@ def main(
     import networks
 
     if json_file is not None:
+        make_folder(Path(json_file).parent)
         check_writable(json_file, force=force)
     names = tuple(contenders.split(",")) if contenders else DEFAULT
     settings = Settings(names, contenders is not None, threads, batch, rounds, check=check, seed=seed)

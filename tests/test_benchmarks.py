@@ -73,9 +73,9 @@ def test_batch_norm_takes_the_statistics_of_the_calibration_images() -> None:
     with torch.no_grad():
         model(torch.from_numpy(pixels))
     assert len(seen) == len(layers) == 6
-    for layer, mean, var in seen:
-        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-4, atol=1e-5)
+    for bn, mean, var in seen:
+        torch.testing.assert_close(bn.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bn.running_var.double(), var, rtol=1e-4, atol=1e-5)
 
 
 def test_a_density_out_of_reach_is_refused_by_layer() -> None:
@@ -249,7 +249,7 @@ def test_a_summary_is_median_minimum_and_range() -> None:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script itself, with real processes, as a user runs it."""
-    path: Path = tmp_path_factory.mktemp("bench") / "engine.json"
+    path: Path = tmp_path_factory.mktemp("bench") / "results" / "engine.json"
     contenders = "reference,ort-float,spikingjelly"
     options = ["--quick", "--threads", "1", "--batch", "1,2", "--contenders", contenders, "--json", str(path)]
     done = subprocess.run(
