@@ -12,7 +12,7 @@ from .activity import Activity, Load, load_activity, measure, save_activity, uni
 from .config import Chip, Constant, chip_schema, load_chip, shipped_chips
 from .cost import physical_cost, prepare, spikesim_cost
 from .crossbar import AdcAccuracy, AnalogAccuracy, CrossbarNetwork, Devices, adc_accuracy, analog_accuracy
-from .mapping import Workload, from_network, ms_resnet, network_digest
+from .mapping import Workload, from_network, ms_resnet, named_workload, network_digest
 from .report import Report, build_report, render_html, summary, to_csv
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "load_chip",
     "measure",
     "ms_resnet",
+    "named_workload",
     "network_digest",
     "physical_cost",
     "prepare",

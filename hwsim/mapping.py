@@ -12,9 +12,11 @@ per group of a grouped convolution; groups that fit a crossbar together share on
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -453,6 +455,29 @@ def ms_resnet(
         channels * 256 * 8,
         "",
     )
+
+
+WORKLOADS = tuple(f"ms-resnet{depth}" for depth in RESNET_BLOCKS)
+"""Names of the built-in workloads."""
+
+
+def named_workload(
+    name: str, input_shape: str, timesteps: int, weight_bits: int = 4, membrane_bits: int = 4, *, classes: int = 100
+) -> Workload:
+    """A built-in workload by name, such as "ms-resnet18", with its input as text, such as "2x48x48".
+
+    raises  ConfigError  for an unknown name (the nearest is suggested) or a shape that is not CxHxW
+    """
+    if name not in WORKLOADS:
+        near = difflib.get_close_matches(name[:200], WORKLOADS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"workload {name!r:.80} is none of {', '.join(WORKLOADS)}{hint}")
+    match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})x([0-9]{1,4})", input_shape)
+    if match is None:
+        raise ConfigError(f"input {input_shape!r:.80} is not CxHxW, such as 3x32x32")
+    channels, height, width = (int(side) for side in match.groups())
+    depth = int(name.removeprefix("ms-resnet"))
+    return ms_resnet(depth, (channels, height, width), timesteps, weight_bits, membrane_bits, classes=classes)
 
 
 # ---------------------------------------------------------------------------------------------------- crossbars

@@ -66,6 +66,7 @@ from mdsnn.hwsim.mapping import (
     from_network,
     map_layer,
     ms_resnet,
+    named_workload,
     network_digest,
     row_tiles,
 )
@@ -753,6 +754,16 @@ def test_the_built_in_workload_is_what_a_network_of_that_shape_gives(depth: int,
 def test_a_bad_workload_is_refused(arguments: Any) -> None:
     with pytest.raises(ConfigError):
         ms_resnet(*arguments)
+
+
+def test_workloads_by_name() -> None:
+    named = named_workload("ms-resnet18", "2x48x48", 10)
+    assert (named.input_shape, named.coding, named.ops) == ((2, 48, 48), "events", ms_resnet(18, (2, 48, 48), 10).ops)
+    with pytest.raises(ConfigError, match="did you mean 'ms-resnet18'"):
+        named_workload("msresnet18", "2x48x48", 10)
+    for shape in ("48x48", "2x48x48x1", "axbxc", "2x-8x8", "99999x8x8"):
+        with pytest.raises(ConfigError, match="is not CxHxW"):
+            named_workload("ms-resnet18", shape, 10)
 
 
 # ---------------------------------------------------------------------------------------------------- model physical

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdsnn.hwsim.activity import count_windows, uniform
+from mdsnn.hwsim.activity import LayerLoad, count_windows, uniform
 from mdsnn.hwsim.config import Chip, load_chip
 from mdsnn.hwsim.cost import (
     SpikeSimEvents,
@@ -206,6 +206,18 @@ def test_layers_that_do_not_read_spikes_count_as_dense() -> None:
     stem, load = workload.layers[0], uniform(workload, 0.1)
     events = spikesim_events(stem, load.layers[stem.name], CHIP)
     assert (events.active_patch_tiles, events.active_rows_by_tile) == (256, (256 * 3 * 9,))
+    assert (events.dense_pe_cycles, events.active_output_tile_sites) == (256, 256)
+
+
+def test_events_of_a_load_are_those_of_its_spikes() -> None:
+    layer = window_layer(70, 130, 3, 2, 1, 7, 7)
+    x = np.random.default_rng(8).random((1, 70, 7, 7)) < 0.02
+    rows, visits, patches, sites = count_windows(x, layer, 64, "kernel-split")
+    counts = (np.array([x.sum()]), rows, visits[None], patches[None], np.array([sites]))
+    load = LayerLoad(*(part.astype(np.float64) for part in counts))
+    want, cycles = events_of(x, layer, 64)
+    assert spikesim_events(layer, load, CHIP) == want
+    assert cycles == want.dense_pe_cycles == 16 * 2 * 3
 
 
 # ------------------------------------------------------------------------------------------ presets and invariants
