@@ -12,7 +12,7 @@ import re
 
 import cffi
 
-SOURCES = ("run.c", "isa_base.c", "isa_avx2.c", "isa_avx512.c")
+SOURCES = ("run.c", "isa_base.c", "isa_avx2.c", "isa_avx512.c", "isa_amx.c")
 """What is compiled; the operator families are included by the isa_*.c files."""
 FLAGS = ("-std=c11", "-O3")
 

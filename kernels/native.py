@@ -43,7 +43,7 @@ from .network import (
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 2  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 3  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
@@ -53,6 +53,10 @@ _BLOCK = 64  # channels a fused convolution takes at a time
 _FEW = 16  # below so many channels a block would be mostly empty
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
+_SUM_BYTES = 1 << 16  # sums of a band of tiles
+_COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
+_TILE = 16  # outputs a tile holds
+_FLUSH = 8  # rows that must fit 8 bits for 8-bit sums to be worth it
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
 
 
@@ -142,6 +146,7 @@ class _Group:
     """A convolution to run in one operation with its bn, a residual add and a LIF, at the place of `nodes[place]`."""
 
     conv: Conv
+    method: str  # events, pairs or tiles
     bn: BnAffine | BnDense
     add: Add | None = None
     other: str | None = None
@@ -155,7 +160,7 @@ class _Group:
         return (self.add or self.bn).name
 
 
-def _groups(network: IntegerNetwork, narrow: bool) -> list[_Group]:
+def _groups(network: IntegerNetwork, narrow: bool, isa_level: str, chunk: int) -> list[_Group]:
     """What can be fused: by the graph, and by the widths the proof gives."""
     if not narrow:
         return []
@@ -167,10 +172,13 @@ def _groups(network: IntegerNetwork, narrow: bool) -> list[_Group]:
             readers[source].append(node)
     groups: dict[str, _Group] = {}
     for conv in network.nodes:
-        if isinstance(conv, Conv) and len(readers[conv.name]) == 1 and _fits_blocks(network, conv):
+        if not isinstance(conv, Conv) or len(readers[conv.name]) > 1:
+            continue
+        method = _method(network, conv, isa_level, chunk)
+        if method is not None:
             bn = readers[conv.name][0]
             assert isinstance(bn, BnAffine | BnDense)  # nothing else reads accumulators
-            groups[bn.name] = _Group(conv, bn, place=place[bn.name])
+            groups[bn.name] = _Group(conv, method, bn, place=place[bn.name])
     for add in network.nodes:
         if not isinstance(add, Add):
             continue
@@ -188,19 +196,24 @@ def _groups(network: IntegerNetwork, narrow: bool) -> list[_Group]:
     return list(groups.values())
 
 
-def _fits_blocks(network: IntegerNetwork, conv: Conv) -> bool:
-    """Whether the convolution reads spikes in blocks of channels and its sums fit 16 bits."""
+def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> str | None:
+    """How to run a convolution in blocks of 64 channels; None where only the plain kernel fits."""
     proof = network.proof
-    c_out, c_in, kh, _ = conv.weight.shape
+    c_out, c_in, kh, kw = conv.weight.shape
+    if (
+        conv.groups > 1
+        or c_out < _FEW
+        or not -128 <= proof.ranges[conv.source][0] <= proof.ranges[conv.source][1] <= 127
+    ):
+        return None
+    if isa_level == "amx":
+        return "tiles"
     lo, hi = proof.channel_bounds[conv.name]
-    return (
-        conv.groups == 1
-        and proof.kinds[conv.source] == "spikes"
-        and min(c_in, c_out) >= _FEW
-        and int(lo.min()) >= -(2**15)
-        and int(hi.max()) < 2**15
-        and proof.shapes[conv.source][2] * kh * _BLOCK * _BLOCK < 2**31
-    )
+    sums_fit = int(lo.min()) >= -(2**15) and int(hi.max()) < 2**15
+    entries_fit = proof.shapes[conv.source][2] * kh * _BLOCK * _BLOCK < 2**31
+    if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and sums_fit and entries_fit:
+        return "events"
+    return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None
 
 
 def _up(size: int) -> int:
@@ -258,7 +271,7 @@ class _Plan:
         self.state_bytes = 0
         self.counters: dict[str, int] = {}
         proof = network.proof
-        groups = {network.nodes[group.place].name: group for group in _groups(network, self.stream_type == _I16)}
+        groups = {network.nodes[group.place].name: group for group in self._groups()}
         inside = {
             name
             for group in groups.values()
@@ -298,6 +311,9 @@ class _Plan:
         self.lifs = {lif.name: number for number, lif in enumerate(network.lifs)}
         ops = [self._fused(step) if isinstance(step, _Group) else self._op(step) for _, step in self.steps]
         self.struct = self._struct(ops)
+
+    def _groups(self) -> list[_Group]:
+        return _groups(self.network, self.stream_type == _I16, ISA_LEVELS[self.level], self.chunk)
 
     def _value(self, node: Node, place: int) -> None:
         proof = self.network.proof
@@ -438,15 +454,28 @@ class _Plan:
                 raise NotImplementedError(type(node).__name__)
         return op
 
-    def _work_sizes(self, group: _Group) -> tuple[int, int, int]:
-        """Bytes of a group's lists, starts and sums."""
+    def _work_sizes(self, group: _Group) -> tuple[int, int, int, int]:
+        """Bytes of a group's input as its method wants it, the starts of its lists, its sums, and a row after bn."""
         proof, conv = self.network.proof, group.conv
-        c_in, _, width = proof.shapes[conv.source]
+        c_in, height, width = proof.shapes[conv.source]
         out_width = proof.shapes[conv.name][2]
+        kw = conv.weight.shape[3]
         steps, band = self._steps(group), self._band(group)
-        lists = 4 * self._row_entries(group) * band + _ALIGN
-        starts = 4 * -(-c_in // _BLOCK) * band * steps * (width + 1)
-        return lists, starts, 2 * (band + 1) * out_width * steps * _BLOCK
+        row = out_width * steps * _BLOCK
+        if group.method == "events":
+            lists = 4 * self._row_entries(group) * band + _ALIGN
+            starts = 4 * -(-c_in // _BLOCK) * band * steps * (width + 1)
+            return lists, starts, 2 * band * row, 2 * row
+        if group.method == "pairs":
+            return 2 * out_width * steps * _depth(conv), 0, 4 * row, 2 * row
+        columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
+        pitch = _up(c_in)
+        return (
+            (height + 2 * conv.padding) * columns * steps * pitch + _TILE * pitch,
+            0,
+            band * self._tiles(group),
+            2 * row,
+        )
 
     def _steps(self, group: _Group) -> int:
         return 1 if self.network.proof.static[group.result] else self.chunk
@@ -456,9 +485,18 @@ class _Plan:
         c_in, _, width = self.network.proof.shapes[group.conv.source]
         return int(group.conv.weight.shape[2]) * width * c_in * self._steps(group)
 
+    def _tiles(self, group: _Group) -> int:
+        """Bytes of the sums of an output row in whole tiles."""
+        across = -(-self.network.proof.shapes[group.conv.name][2] * self._steps(group) // _TILE)
+        return 4 * across * _TILE * _BLOCK
+
     def _band(self, group: _Group) -> int:
         """Output rows to work on at a time."""
         height = self.network.proof.shapes[group.conv.name][1]
+        if group.method == "pairs":
+            return 1
+        if group.method == "tiles":
+            return max(1, min(height, _SUM_BYTES // self._tiles(group)))
         return max(1, min(height, _LIST_BYTES // (4 * self._row_entries(group))))
 
     def _fused(self, group: _Group) -> dict[str, Any]:
@@ -471,9 +509,17 @@ class _Plan:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
         flush = 127 // max(1, int(np.abs(conv.weight.astype(np.int16)).max()))
-        eight = flush >= 8
-        lists, starts, sums = (item.offset for item in self.work[conv.name])
-        half = _VECTOR_BYTES[ISA_LEVELS[self.level]] if eight else 0
+        match group.method:
+            case "tiles":
+                method, packed = self.lib.MDSNN_TILES, self._pointer("int8_t", _pack_tiles(conv.weight), np.int8)
+            case "pairs":
+                method, packed = self.lib.MDSNN_PAIRS, self._pointer("int16_t", _pack_pairs(conv), np.int16)
+            case _:
+                eight = flush >= _FLUSH
+                method = self.lib.MDSNN_EVENTS_8 if eight else self.lib.MDSNN_EVENTS_16
+                vector = _VECTOR_BYTES[ISA_LEVELS[self.level]] if eight else 0
+                packed = self._pointer("int8_t", _pack_events(conv.weight, vector), np.int8)
+        work_input, starts, sums, y = (item.offset for item in self.work[conv.name])
         return {
             "kind": self.lib.MDSNN_FUSED,
             "source": self.index[conv.source],
@@ -486,15 +532,17 @@ class _Plan:
             "stride": conv.stride,
             "padding": conv.padding,
             "groups": 1,
-            "weight": self._pointer("int8_t", _pack_events(conv.weight, half), np.int8),
+            "weight": self.ffi.cast("const int8_t *", packed),
             "bn": bn,
             "fire": fire,
-            "method": self.lib.MDSNN_EVENTS_8 if eight else self.lib.MDSNN_EVENTS_16,
+            "method": method,
             "flush": flush,
             "band": self._band(group),
-            "work_lists": lists,
+            "depth": _depth(conv),
+            "work_input": work_input,
             "work_starts": starts,
             "work_sums": sums,
+            "work_y": y,
         }
 
     def _lif(self, node: Lif) -> dict[str, Any]:
@@ -581,6 +629,27 @@ def _by_input(weight: Array, groups: int) -> Array:
 def _blocks(constants: Array) -> Array:
     """Constants of channels, with 0 for those up to the next block."""
     return np.pad(constants, (0, -len(constants) % _BLOCK))
+
+
+def _depth(conv: Conv) -> int:
+    """Inputs under a window, rounded up to a pair."""
+    inputs = int(np.prod(conv.weight.shape[1:]))
+    return inputs + inputs % 2
+
+
+def _pack_pairs(conv: Conv) -> Array:
+    """[outs/64][pair][out 64][2], the inputs of a window in the order (ky, kx, in)."""
+    c_out = len(conv.weight)
+    rows = conv.weight.transpose(0, 2, 3, 1).reshape(c_out, -1)
+    padded = np.pad(rows, ((0, -c_out % _BLOCK), (0, rows.shape[1] % 2)))
+    return padded.reshape(-1, _BLOCK, _depth(conv) // 2, 2).transpose(0, 2, 1, 3)
+
+
+def _pack_tiles(weight: Array) -> Array:
+    """(C_out, C_in, kh, kw) to [outs/64][ky][kx][ins/64][4 tiles of 16 outs][16][out 16][in 4], zeros as padding."""
+    c_out, c_in, kh, kw = weight.shape
+    padded = np.pad(weight, ((0, -c_out % _BLOCK), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
+    return padded.reshape(-1, 4, 16, -(-c_in // _BLOCK), 16, 4, kh, kw).transpose(0, 6, 7, 3, 1, 4, 2, 5)
 
 
 def _pack_events(weight: Array, vector: int) -> Array:

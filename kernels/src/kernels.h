@@ -45,6 +45,10 @@
 #undef STREAM_SUFFIX
 
 #include "events.h"
+#include "pairs.h"
+#ifdef MDSNN_WITH_TILES
+#include "tiles.h"
+#endif
 #include "epilogue.h"
 #include "fused.h"
 

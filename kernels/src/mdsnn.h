@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 2 };
+enum mdsnn_version { MDSNN_CONTRACT = 3 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -94,7 +94,10 @@ typedef struct mdsnn_op {
     int32_t method;        /* enum mdsnn_method */
     int32_t flush;         /* rows that 8 bits can add */
     int32_t band;          /* output rows worked on at a time */
-    int64_t work_lists, work_starts, work_sums; /* bytes into scratch */
+    int32_t depth;         /* pairs: inputs under a window, even */
+    int64_t work_input;    /* bytes into scratch: the lists of spikes, or the input as the method wants it */
+    int64_t work_starts;   /* where each column of a list begins */
+    int64_t work_sums, work_y;
     int64_t state;         /* lif: bytes into the state, q [y][x][channels] int8;  readout: the sums, int32 */
 } mdsnn_op;
 

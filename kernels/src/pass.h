@@ -65,6 +65,9 @@ void NAME(mdsnn_pass)(const frame *f);
 
 void NAME(mdsnn_pass)(const frame *f)
 {
+#ifdef MDSNN_WITH_TILES
+    NAME(tiles_begin)();
+#endif
     for (int i = 0; i < f->plan->op_count; i++) {
         const mdsnn_op *op = &f->plan->ops[i];
         if (f->fresh || !op->fixed)
@@ -72,4 +75,7 @@ void NAME(mdsnn_pass)(const frame *f)
         if (op->kind == MDSNN_FUSED ? op->fire != 0 : op->out >= 0)
             NAME(count_out)(f, op->kind == MDSNN_FUSED ? op->fire : op);
     }
+#ifdef MDSNN_WITH_TILES
+    NAME(tiles_end)();
+#endif
 }

@@ -1,11 +1,37 @@
 /* run.c: what Python calls. Picks the instruction set, and cuts a call into passes of one sample and some steps. */
 
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* syscall */
+#endif
+
 #include "view.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 void mdsnn_pass_base(const frame *f);
 #if defined(__x86_64__)
 void mdsnn_pass_avx2(const frame *f);
 void mdsnn_pass_avx512(const frame *f);
+void mdsnn_pass_amx(const frame *f);
+
+/* AMX's registers are large: Linux hands them out on request, to the whole process, and its answer is what counts. */
+static int amx_granted(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1))
+        return 0;
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+#else
+    return 0;
+#endif
+}
 #endif
 
 int mdsnn_supported(int isa)
@@ -21,6 +47,8 @@ int mdsnn_supported(int isa)
         return mdsnn_supported(MDSNN_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl");
+    if (isa == MDSNN_AMX)
+        return mdsnn_supported(MDSNN_AVX512) && amx_granted();
 #endif
     return 0;
 }
@@ -33,6 +61,8 @@ void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call)
         pass = mdsnn_pass_avx2;
     else if (isa == MDSNN_AVX512)
         pass = mdsnn_pass_avx512;
+    else if (isa == MDSNN_AMX)
+        pass = mdsnn_pass_amx;
 #else
     (void)isa;
 #endif

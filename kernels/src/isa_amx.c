@@ -1,0 +1,10 @@
+/* isa_amx.c: the kernels for x86-64 with AVX-512 and AMX's 8-bit tiles. */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8")
+#define ISA amx
+#define VECTOR_BYTES 64
+#define MDSNN_WITH_TILES
+#include "kernels.h"
+#else
+typedef int isa_amx_is_empty;
+#endif

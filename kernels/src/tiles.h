@@ -1,0 +1,136 @@
+/* tiles.h: convolution of spikes or 8-bit codes by AMX; groups = 1, any window.
+ *
+ * Definition: kernels/reference.py:conv2d. This file agrees with it bit for bit (tests/test_kernels_bit_exact.py);
+ * where the two differ, this file is wrong. The plain twin is conv.h.
+ *
+ * A tile is 16 rows of 64 bytes. Rows of the left operand are outputs of one row of the image, (x, t) with t innermost:
+ * 4 pixels of 4 steps, say. For one tap and 64 inputs they lie a fixed distance apart, once the input has been copied
+ * with its padding, and with a column in each residue class of the stride beside its own kind:
+ *     input [y + padding][class][column][t][in, up to 64s]
+ * The right operand is 64 inputs of 16 outputs, four inputs side by side as the instruction wants them:
+ *     weights [outs/64][ky][kx][ins/64][4 tiles of 16 outs][16][out 16][in 4]
+ * Two tiles of outputs by two of channels are summed at a time: of eight registers, four hold sums.
+ *
+ * The intrinsics of gcc do not say that they touch memory, hence the fences around them, and the configuration is
+ * loaded by hand.
+ */
+
+#define TILE 16
+#define FENCE() __asm__ volatile("" ::: "memory")
+
+typedef struct NAME(tiles) {
+    const uint8_t *input;
+    ptrdiff_t row;      /* bytes of a row of the copied input */
+    ptrdiff_t class;    /* bytes of a residue class in it */
+    ptrdiff_t pitch;    /* bytes of a column at one step */
+    ptrdiff_t weights;  /* bytes of a block of 64 outputs */
+    ptrdiff_t sums_row; /* elements: a row's outputs, up to whole tiles, by 64 */
+    int ins, steps, across; /* blocks of 64 inputs; steps; tiles a row */
+} NAME(tiles);
+
+static void NAME(tiles_begin)(void)
+{
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = BLOCK;
+        config.rows[i] = TILE;
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
+}
+
+static void NAME(tiles_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
+
+/* Copies the input to `to` and says how it lies there. */
+static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, int out_width, int steps, uint8_t *to)
+{
+    NAME(tiles) g;
+    int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
+    int columns = out_width + (op->kernel_width - 1) / stride, rows = in->height + 2 * op->padding;
+    g.ins = (in->channels + BLOCK - 1) / BLOCK;
+    g.steps = steps;
+    g.across = (out_width * steps + TILE - 1) / TILE;
+    g.pitch = (ptrdiff_t)g.ins * BLOCK;
+    g.class = columns * steps * g.pitch;
+    g.row = classes * g.class;
+    g.weights = (ptrdiff_t)op->kernel_height * op->kernel_width * g.ins * BLOCK * BLOCK;
+    g.sums_row = (ptrdiff_t)g.across * TILE * BLOCK;
+    g.input = to;
+    for (int y = 0; y < rows; y++) {
+        if (y % stride >= op->kernel_height)
+            continue; /* between the windows */
+        int from_y = y - op->padding, inside = from_y >= 0 && from_y < in->height;
+        for (int class = 0; class < classes; class++)
+            for (int column = 0; column < columns; column++) {
+                uint8_t *at = to + y * g.row + class * g.class + column * steps * g.pitch;
+                int64_t from_x = (int64_t)column * stride + class - op->padding;
+                if (!inside || from_x < 0 || from_x >= in->width) {
+                    memset(at, 0, (size_t)(steps * g.pitch));
+                    continue;
+                }
+                const uint8_t *from = in->at + from_y * in->row + from_x * in->pixel;
+                if (in->pitch == g.pitch)
+                    memcpy(at, from, (size_t)(steps * g.pitch));
+                else
+                    for (int t = 0; t < steps; t++)
+                        memcpy(at + t * g.pitch, from + t * in->step, (size_t)in->channels);
+            }
+    }
+    return g;
+}
+
+/* Two tiles of outputs, at `a` and `b` bytes into the input, by two of channels. `b` may repeat `a`. */
+static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, const uint8_t *a, const uint8_t *b,
+                                    const int8_t *weights)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int ky = 0; ky < op->kernel_height; ky++)
+        for (int kx = 0; kx < op->kernel_width; kx++) {
+            ptrdiff_t tap = ky * g->row + kx % op->stride * g->class + kx / op->stride * g->steps * g->pitch;
+            for (int i = 0; i < g->ins; i++, weights += BLOCK * BLOCK) {
+                _tile_loadd(4, a + tap + i * BLOCK, g->pitch);
+                _tile_loadd(6, weights, BLOCK);
+                _tile_loadd(7, weights + TILE * BLOCK, BLOCK);
+                _tile_dpbssd(0, 4, 6);
+                _tile_dpbssd(1, 4, 7);
+                _tile_loadd(5, b + tap + i * BLOCK, g->pitch);
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
+        }
+}
+
+/* sums [row][x, t up to whole tiles][64] of `rows` output rows from y on, for one block of outputs. */
+static void NAME(tiles_band)(const mdsnn_op *op, const NAME(tiles) *g, int y, int rows, const int8_t *weights,
+                             int32_t *sums)
+{
+    int count = rows * g->across;
+    FENCE();
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < count; i += 2) {
+            int j = i + 1 < count ? i + 1 : i;
+            const uint8_t *a = g->input + (ptrdiff_t)(y + i / g->across) * op->stride * g->row +
+                               (ptrdiff_t)(i % g->across) * TILE * g->pitch;
+            const uint8_t *b = g->input + (ptrdiff_t)(y + j / g->across) * op->stride * g->row +
+                               (ptrdiff_t)(j % g->across) * TILE * g->pitch;
+            NAME(tiles_four)(op, g, a, b, weights + half * 2 * TILE * BLOCK);
+            int32_t *left = sums + (ptrdiff_t)i * TILE * BLOCK + half * 2 * TILE;
+            int32_t *right = sums + (ptrdiff_t)j * TILE * BLOCK + half * 2 * TILE;
+            _tile_stored(0, left, BLOCK * sizeof *sums);
+            _tile_stored(1, left + TILE, BLOCK * sizeof *sums);
+            _tile_stored(2, right, BLOCK * sizeof *sums);
+            _tile_stored(3, right + TILE, BLOCK * sizeof *sums);
+        }
+    FENCE();
+}
+
+#undef FENCE
+#undef TILE
