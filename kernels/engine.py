@@ -363,7 +363,7 @@ def thread_count(threads: int | None = None) -> int:
         text = os.environ.get("MDSNN_THREADS")
         if not text:
             return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        if not text.isascii() or not text.isdigit() or not 1 <= int(text[:5]) <= 1024:
+        if len(text) > 9 or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
             raise ConfigError(f"MDSNN_THREADS={text!r:.40} is no number in 1..1024")
         threads = int(text)
     if type(threads) is not int or not 1 <= threads <= 1024:
