@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
-from mdsnn.freeze import Plan, Step, free_name, plan_of
+from mdsnn.freeze import Plan, Step, free_name, frozen_trace, plan_of
 from mdsnn.kernels import reference
+from mdsnn.kernels.engine import LifTrace, Trace
 from mdsnn.kernels.errors import LoweringError, NetworkError
 from mdsnn.kernels.formats import Array, Grid, dense_table, narrowest
 from mdsnn.kernels.network import (
@@ -48,6 +50,8 @@ from mdsnn.layers import (
     SumCodes,
 )
 from mdsnn.layers import Readout as ReadoutLayer
+
+from .verify import Executor
 
 BN_TABLES = ("auto", "affine", "dense")
 BN_BUDGET = 65536
@@ -255,3 +259,14 @@ class _Writer:
             source = pool.name
         self._note(step.name, alpha=codes.alpha, unit=codes.unit)
         self._put(step, Readout(step.name, source, codes.weight.numpy(), codes.bits, codes.bias.numpy()))
+
+
+def torch_executor(model: nn.Module) -> Executor:
+    """Frozen PyTorch as an executor for `verify`; raises LoweringError if `model` is not frozen."""
+    plan_of(model)
+
+    def execute(pixels: npt.NDArray[np.uint8]) -> Trace:
+        lifs, logits = frozen_trace(model, pixels)
+        return Trace({name: LifTrace(*states) for name, states in lifs.items()}, logits)
+
+    return execute

@@ -187,6 +187,11 @@ def build_model(checkpoint: Checkpoint) -> torch.nn.Module:
     return model.eval()
 
 
+def load_model(path: str | os.PathLike[str]) -> torch.nn.Module:
+    """The model of a checkpoint file, in evaluation mode: `build_model(load(path))`, with their errors."""
+    return build_model(load(path))
+
+
 def apply(model: torch.nn.Module, tensors: Mapping[str, Array], where: str) -> None:
     """Copy tensors into a model by name; every one must be there, and fit, and none be left over.
 

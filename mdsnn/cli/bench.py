@@ -154,11 +154,7 @@ def prepare(
             return logits
         if checkpoint is None:
             raise InputError("the executor 'torch' needs --checkpoint, the student this artifact was exported from")
-        from .verify import torch_executor
-
-        torch = extra("train", "torch")
-        torch.set_num_threads(threads)
-        return torch_executor(checkpoint, logits_only=True)
+        return _torch(checkpoint, threads)
 
     runners: dict[str, Runner] = {}
     left_out: dict[str, str] = {}
@@ -170,6 +166,20 @@ def prepare(
                 raise
             left_out[name] = str(fault)
     return runners, left_out
+
+
+def _torch(checkpoint: str, threads: int) -> Runner:
+    """Frozen PyTorch on a student checkpoint, logits only."""
+    torch = extra("train", "torch")
+    torch.set_num_threads(threads)
+    model = extra("train", "mdsnn.freeze").freeze(extra("train", "mdsnn.checkpoint").load_model(checkpoint))
+
+    def run(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+        with torch.no_grad():
+            logits: npt.NDArray[np.int32] = model(torch.from_numpy(pixels)).numpy()
+        return logits
+
+    return run
 
 
 def measure(

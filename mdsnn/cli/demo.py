@@ -101,7 +101,8 @@ def _fill(out: Path, seed: int, say_line: Callable[[str], None]) -> dict[str, An
     teacher_path = str(out / "teacher" / "model.ckpt")
 
     def training(name: str, setting: str, **changes: Any) -> dict[str, Any]:
-        settings = {"seed": seed, "save_path": str(out / name), **changes}
+        # one thread: the tensors are small, and the run does not depend on how many cores there are
+        settings = {"seed": seed, "threads": 1, "save_path": str(out / name), **changes}
         return train.run(setting, DATA, settings, resume=True, label=name)
 
     with steps.step("teacher", "Training a full-precision MS-ResNet teacher (T = 4, direct coding)  [mdsnn train]"):

@@ -132,11 +132,11 @@ def check_outputs(
     """
     from mdsnn.kernels.files import check_writable
 
-    taken = {os.path.realpath(path): "is read as an input" for path in inputs if path is not None}
+    taken = {os.path.realpath(path): "is read as an input" for path in inputs if path and "\0" not in str(path)}
     for path in paths:
         if path is None or str(path) == "-":
             continue
-        check_writable(path, force=force)
+        check_writable(path, force=force)  # first: realpath knows no name with a NUL
         real = os.path.realpath(path)
         if real in taken:
             raise InputError(f"{path}: {taken[real]}, so it cannot be an output too; name another file")

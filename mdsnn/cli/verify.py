@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,28 +100,12 @@ def command(
         raise click.exceptions.Exit(1)
 
 
-def torch_executor(checkpoint: str, *, logits_only: bool = False) -> Callable[[Any], Any]:
-    """Frozen PyTorch on a student checkpoint: pixels to a Trace, or to logits only (faster, for timing)."""
-    from mdsnn.kernels.engine import LifTrace, Trace
-
-    from .export import frozen_student
-
+def torch_executor(checkpoint: str) -> Executor:
+    """Frozen PyTorch on a student checkpoint."""
     freezing = extra("train", "mdsnn.freeze")
-    model, _ = frozen_student(checkpoint)
-    if logits_only:
-        import torch
-
-        def run(pixels: Any) -> Any:
-            with torch.no_grad():
-                return model(torch.from_numpy(pixels)).numpy()
-
-        return run
-
-    def execute(pixels: Any) -> Trace:
-        lifs, logits = freezing.frozen_trace(model, pixels)
-        return Trace({name: LifTrace(*states) for name, states in lifs.items()}, logits)
-
-    return execute
+    model = extra("train", "mdsnn.checkpoint").load_model(checkpoint)
+    executor: Executor = extra("train", "mdsnn.export.lower").torch_executor(freezing.freeze(model))
+    return executor
 
 
 def make_executors(
