@@ -20,7 +20,7 @@ from .options import (
     read_data,
     write_json,
 )
-from .terminal import progress, say, table
+from .terminal import progress, say, table, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ def show(document: dict[str, Any]) -> None:
     for name, reason in document["left_out"].items():
         say(f"left out: {name}: {reason}")
     if not document["equal"]:
-        click.echo(
+        tell(
             f"logits differ from the NumPy reference: {', '.join(document['differs'])}; nothing was timed."
             " `mdsnn verify` says where"
         )

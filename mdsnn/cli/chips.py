@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import JsonCommand, check_outputs, extra, force_option, json_option, write_json
-from .terminal import table
+from .terminal import table, tell
 
 
 @click.command(cls=JsonCommand)
@@ -34,7 +34,7 @@ def command(action: str, chip: str | None, json_file: str | None, force: bool) -
     if action == "list":
         table(["chip", "model", "what"], [[c["name"], c["model"], c["description"]] for c in document["chips"]])
         return
-    click.echo(f"{document['name']}, model {document['model']}: {document['description']}")
+    tell(f"{document['name']}, model {document['model']}: {document['description']}")
     rows = [[c["key"], c["value"], c["unit"], c["confidence"], c["source"]] for c in document["constants"]]
     table(["constant", "value", "unit", "confidence", "source"], rows)
 

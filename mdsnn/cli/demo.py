@@ -167,6 +167,7 @@ def _summary(
     speed: dict[str, Any],
     hardware: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
+    from . import report
     from .doctor import machine
 
     rows: list[list[str]] = [
@@ -190,8 +191,8 @@ def _summary(
         rows.append(["speed", f"{row['executor']}, batch {row['batch']}", f"{row['images_per_s']:.0f} images/s"])
     rows += [["spikes", a["layer"], f"{100 * a['density']:.1f} % of neuron-steps"] for a in speed["activity"]]
     for precision, totals in hardware.items():
-        for metric, value in totals.items():
-            rows.append(["crossbars", f"{metric}, {precision}", f"{value:.4g}"])
+        values = [f"{value:.4g} {report.UNITS[metric]}" for metric, value in totals.items()]
+        rows.append(["crossbars", precision, ", ".join(values)])
     return {
         "schema": "mdsnn.demo/1",
         "seed": seed,

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from .options import JsonCommand, check_environment, check_outputs, force_option, json_option, write_json
-from .terminal import human_bytes, table
+from .terminal import human_bytes, table, tell
 
 REQUIRED = ("numpy", "cffi", "click", "pillow")
 EXTRAS = {
@@ -40,7 +40,7 @@ def command(json_file: str | None, force: bool) -> None:
     to_stdout = write_json(document, json_file, force=force)
     if not to_stdout:
         for key, value in document["machine"].items():
-            click.echo(f"{key:>11}  {value}")
+            tell(f"{key:>11}  {value}")
         rows = [[c["part"], "ok" if c["ok"] else "LACKS", c["found"], c["cure"]] for c in document["checks"]]
         table(["part", "state", "found", "cure"], rows)
     if not document["ok"]:

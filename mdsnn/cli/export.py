@@ -18,7 +18,7 @@ from .options import (
     read_data,
     write_json,
 )
-from .terminal import human_bytes, progress, say, table
+from .terminal import human_bytes, progress, say, table, tell
 
 if TYPE_CHECKING:
     from mdsnn.kernels.network import IntegerNetwork
@@ -194,7 +194,7 @@ def show(document: dict[str, Any]) -> None:
         for layer in document["layers"]
     ]
     table(["layer", "type", "bits", "weights", "weight B", "table B", "proven range", "held in"], rows)
-    click.echo(
+    tell(
         f"{document['weights']} weights: {human_bytes(document['weight_bytes'])} of codes and"
         f" {human_bytes(document['table_bytes'])} of tables, {human_bytes(document['float_bytes'])} as float32"
     )

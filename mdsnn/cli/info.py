@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .options import JsonCommand, check_outputs, force_option, json_option, write_json
-from .terminal import human_bytes, table
+from .terminal import human_bytes, table, tell
 
 
 @click.command(cls=JsonCommand)
@@ -30,8 +30,8 @@ def command(artifact: str, notes: bool, json_file: str | None, force: bool) -> N
     if write_json(document, json_file, force=force):
         return
     head = document["network"]
-    click.echo(f"{artifact}: {head['bytes']} bytes, sha256 {head['sha256']}")
-    click.echo(
+    tell(f"{artifact}: {head['bytes']} bytes, sha256 {head['sha256']}")
+    tell(
         f"input {head['input']}, {head['timesteps']} timesteps, residual grid 2^-{head['frac_bits']} clipped at"
         f" +-{head['clip']}, {head['classes']} classes, {head['weights']} weights, {head['neurons']} neurons"
     )
@@ -40,12 +40,12 @@ def command(artifact: str, notes: bool, json_file: str | None, force: bool) -> N
         for n in document["nodes"]
     ]
     table(["node", "type", "output", "bits", "range", "dtype", "membrane h", "bytes"], rows)
-    click.echo(
+    tell(
         f"weights {human_bytes(head['weight_bytes'])}, tables and constants {human_bytes(head['table_bytes'])},"
         f" the same weights in float32 {human_bytes(head['float_bytes'])}"
     )
     for key, value in document["notes"].items() if notes else ():
-        click.echo(f"note  {key}: {value}")
+        tell(f"note  {key}: {value}")
 
 
 def describe(path: str) -> dict[str, Any]:

@@ -15,15 +15,15 @@ from .terminal import progress, say
 if TYPE_CHECKING:
     from mdsnn.hwsim.report import Report
 
-METRICS = {
-    "energy_uJ": "energy, uJ/image",
-    "latency_ms": "latency, ms/image",
-    "area_mm2": "area, mm2",
+UNITS = {
+    "energy_uJ": "uJ/image",
+    "latency_ms": "ms/image",
+    "area_mm2": "mm2",
     "TOPS_per_W": "TOPS/W",
     "TOPS_per_mm2": "TOPS/mm2",
-    "EDAP_mJ_ms_mm2": "EDAP, mJ ms mm2",
+    "EDAP_mJ_ms_mm2": "mJ ms mm2 EDAP",
 }
-"""Totals that a summary shows, and how it calls them."""
+"""Totals that a summary shows, and how it writes their units."""
 
 
 @click.command(cls=JsonCommand)
@@ -149,5 +149,8 @@ def write(report: Report, path: str, *, force: bool = False) -> None:
 
 def totals(report: Report) -> dict[str, dict[str, float]]:
     """The six totals by precision, the network's own first: precision -> metric -> value."""
-    rows = report.precisions or [{"name": "this network", **report.totals}]
-    return {row["name"]: {label: row[key] for key, label in METRICS.items()} for row in rows}
+    rows = report.precisions or [{"name": "this network", "basis": "own", **report.totals}]
+    return {
+        row["name"] + (" (projected)" if row["basis"] == "projected" else ""): {key: row[key] for key in UNITS}
+        for row in rows
+    }

@@ -18,7 +18,12 @@ Tick = Callable[[int, int], None]
 
 def say(text: str) -> None:
     """Talk, on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
+
+
+def tell(text: str) -> None:
+    """A line of the result, on stdout."""
+    click.echo(printable(text))
 
 
 def _rich(stream: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .options import JsonCommand, check_outputs, extra, force_option, json_option, not_empty, write_json
-from .terminal import progress, say, table
+from .terminal import progress, say, table, tell
 
 
 def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -143,9 +143,7 @@ def show(document: dict[str, Any]) -> None:
     table(["LIF layer", "neuron-steps that fire"], rows)
     frozen = document["frozen_accuracy"]
     if frozen is None:
-        click.echo(f"test accuracy {100 * document['live_accuracy']:.2f} % (full precision)")
+        tell(f"test accuracy {100 * document['live_accuracy']:.2f} % (full precision)")
     else:
-        click.echo(
-            f"test accuracy {100 * frozen:.2f} % (frozen, integer); live {100 * document['live_accuracy']:.2f} %"
-        )
+        tell(f"test accuracy {100 * frozen:.2f} % (frozen, integer); live {100 * document['live_accuracy']:.2f} %")
     say(f"wrote {document['checkpoint']}")

@@ -22,7 +22,7 @@ from .options import (
     read_data,
     write_json,
 )
-from .terminal import Tick, progress, say, table
+from .terminal import Tick, progress, say, table, tell
 
 if TYPE_CHECKING:
     from mdsnn.export.verify import Executor, Verification
@@ -221,12 +221,10 @@ def show(document: dict[str, Any]) -> None:
     for name, executor in document["executors"].items():
         if executor["failure"]:
             say(f"{name} failed: {executor['failure']}")
-    click.echo(
-        f"{document['compared']} integers compared over {document['samples']} samples, {document['differing']} differ"
-    )
+    tell(f"{document['compared']} integers compared over {document['samples']} samples, {document['differing']} differ")
     if "divergence" in document:
-        click.echo(f"first divergence: {document['divergence']}")
+        tell(f"first divergence: {document['divergence']}")
         if "saved" in document:
-            click.echo(f"saved: {', '.join(document['saved'])}  (run the script to see it again)")
+            tell(f"saved: {', '.join(document['saved'])}  (run the script to see it again)")
     for text in document["constants"]:
-        click.echo(f"artifact and checkpoint differ: {text}")
+        tell(f"artifact and checkpoint differ: {text}")
