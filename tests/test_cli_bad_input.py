@@ -242,7 +242,7 @@ def outputs(place: Path) -> list[tuple[object, ...]]:
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     """Also for root: a file, a folder of the kernel and a missing folder stand where a folder should be."""
     (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "file", Path("/proc/1"), Path("/dev/null")):
+    for place in (tmp_path / "file", Path("/proc/1")):
         for words in outputs(place):
             if place.parts[1] == "proc" and words[0] == "export" and ("--onnx" in words or "--vectors" in words):
                 continue  # the artifact beside it would be written into /proc too
