@@ -3,6 +3,7 @@
 python benchmarks/report.py --engine benchmarks/results/engine.json --demo runs/demo/summary.json
 
 <!-- bench:engine --> ... <!-- /bench:engine -->    from bench_engine.py's JSON
+<!-- seeds --> ... <!-- /seeds -->                  from digits_seeds.py's JSON
 <!-- demo --> ... <!-- /demo -->                    from the demo's summary.json: "table" as a list of rows, or as
                                                     {"headers": [...], "rows": [[...]]}
 """
@@ -10,7 +11,9 @@ python benchmarks/report.py --engine benchmarks/results/engine.json --demo runs/
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_text
 
 ENGINE_SCHEMA = "mdsnn.bench-engine/1"
+SEEDS_SCHEMA = "mdsnn.digits-seeds/1"
 MIN_ROUNDS = 3
 README = Path(__file__).resolve().parent.parent / "README.md"
 _LIMIT = 1 << 24
@@ -165,6 +169,40 @@ def demo_table(document: dict[str, Any]) -> str:
     return markdown(headers, rows)
 
 
+def seeds_table(document: dict[str, Any]) -> str:
+    """Means and standard errors over seeds of digits_seeds.py's result, schema mdsnn.digits-seeds/1."""
+    if document.get("schema") != SEEDS_SCHEMA:
+        raise InputError(f"schema {document.get('schema')!r} is not {SEEDS_SCHEMA!r}")
+    try:
+        seeds = document["seeds"]
+        rows = [["teacher", "FP32, live", *_spread([seed["teacher"] for seed in seeds]), "", "", ""]]
+        for name in seeds[0]["students"]:
+            students = [seed["students"][name] for seed in seeds]
+            rates = [rate for student in students for rate in student["spike_rates"].values()]
+            if not all(student["agrees"] for student in students):
+                raise InputError("executors differ in it; find out why before anything is shown")
+            rows.append(
+                [
+                    name.replace(" alone", ""),
+                    "alone, frozen" if "alone" in name else "distilled, frozen",
+                    *_spread([student["frozen"] for student in students]),
+                    f"{100 * min(rates):.0f} to {100 * max(rates):.0f} %",
+                    f"{sum(student['compared'] for student in students):,}",
+                    sum(student["differing"] for student in students),
+                ]
+            )
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as fault:
+        raise InputError(f"a {SEEDS_SCHEMA} document lacks or misuses {fault}") from fault
+    heads = ["network", "trained", "mean accuracy", "standard error", "worst seed", "neuron-steps that fire, by layer"]
+    text = f"{len(seeds)} seeds, {document['samples']} test images each, five executors."
+    return f"{text}\n\n{markdown([*heads, 'integers compared', 'differ'], rows)}"
+
+
+def _spread(values: list[float]) -> tuple[str, str, str]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return f"{100 * statistics.mean(values):.2f} %", f"{100 * error:.2f}", f"{100 * min(values):.2f} %"
+
+
 # -------------------------------------------------------------------------------------------------- command line
 
 
@@ -179,21 +217,23 @@ def _from(path: str, make: Any) -> str:
 @click.command()
 @click.option("--engine", metavar="JSON", help="A result of bench_engine.py --json.")
 @click.option("--demo", metavar="JSON", help="The summary.json of `mdsnn demo`.")
+@click.option("--seeds", metavar="JSON", help="A result of digits_seeds.py --json.")
 @click.option("--readme", default=str(README), help="The file with the markers.  [default: the repository's README.md]")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the file does not hold these tables.")
-def main(engine: str | None, demo: str | None, readme: str, check: bool) -> None:
+def main(engine: str | None, demo: str | None, seeds: str | None, readme: str, check: bool) -> None:
     """Write the tables of JSON results into README.md, between their markers."""
-    if engine is None and demo is None:
-        raise click.UsageError("nothing to write: name --engine or --demo")
+    wanted = {
+        "bench:engine": (engine, engine_tables),
+        "demo": (demo, demo_table),
+        "seeds": (seeds, seeds_table),
+    }
+    if not any(path for path, _ in wanted.values()):
+        raise click.UsageError("nothing to write: name --engine, --demo or --seeds")
     try:
         text = read_bounded(readme, _LIMIT, what="README").decode("utf-8")
     except UnicodeDecodeError as fault:
         raise InputError(f"{readme}: is not UTF-8: {fault}") from fault
-    bodies = {}
-    if engine is not None:
-        bodies["bench:engine"] = _from(engine, engine_tables)
-    if demo is not None:
-        bodies["demo"] = _from(demo, demo_table)
+    bodies = {name: _from(path, make) for name, (path, make) in wanted.items() if path is not None}
     new = text
     for name, body in bodies.items():
         try:
