@@ -21,7 +21,7 @@ from .activity import LayerLoad, Load, uniform
 from .cells import row_level_sums
 from .config import Chip
 from .converters import adc_area, adc_energy, adc_keys
-from .mapping import Floorplan, Layer, MappedLayer, Workload, floorplan, map_layer, row_tiles
+from .mapping import Floorplan, Layer, MappedLayer, Workload, floorplan, map_layer
 
 SCHEDULES = ("sequential", "overlapped", "pipelined")
 
@@ -243,27 +243,29 @@ def spikesim_event_energy(events: SpikeSimEvents, chip: Chip) -> dict[str, float
 
 def spikesim_events(layer: Layer, counts: LayerLoad, chip: Chip) -> SpikeSimEvents:
     """Event counts of one convolution and sample, from its load; every step counts, also where the exported network
-    runs a layer once. Inputs that are no spikes, and grouped layers, count as dense, as SpikingJelly counts them.
+    runs a layer once. Inputs that are no spikes count as dense, as SpikingJelly counts them, and so do
+    grouped layers, which it does not know; both of its models see one group's input channels.
     """
-    x = chip.integer("crossbar.rows")
-    tile, used = row_tiles(layer, x, "kernel-split")
-    p_in, p_out = len(used), math.ceil(layer.c_out / x)
+    x, per_group = chip.integer("crossbar.rows"), layer.c_in // layer.groups
+    tiles = [min(x, per_group - start) for start in range(0, per_group, x)]
+    p_in, p_out = len(tiles), math.ceil(layer.c_out / x)
     runs = float(layer.steps * layer.sites)
-    dense = layer.planes > 1 or layer.groups > 1
-    if dense:
-        patches, rows = runs * p_in, [runs * float(channels) * layer.taps for channels in used]
+    if layer.planes > 1 or layer.groups > 1:
+        patches, rows = runs * p_in, [runs * channels * layer.taps for channels in tiles]
         sites = runs * p_out
     else:
+        driven = counts.rows.sum(axis=(1, 2))
         patches = float(counts.patches.sum())
-        rows = list(np.bincount(tile[:, 0], weights=counts.rows.sum(axis=(1, 2)), minlength=p_in))
+        rows = [float(driven[start : start + x].sum()) for start in range(0, per_group, x)]
         sites = p_out * float(counts.sites.sum())
-    return SpikeSimEvents(
-        layer.c_in, layer.c_out, layer.taps, int(runs) * p_in * p_out, patches, tuple(map(float, rows)), sites
-    )
+    return SpikeSimEvents(per_group, layer.c_out, layer.taps, int(runs) * p_in * p_out, patches, tuple(rows), sites)
 
 
 def spikesim_layers(workload: Workload) -> tuple[SpikeSimLayer, ...]:
-    """The layers SpikeSim would count: convolutions with a kernel above 1x1. 1x1, linear and readout are dropped."""
+    """The layers SpikeSim would count: convolutions with a kernel above 1x1. 1x1, linear and readout are dropped.
+
+    It knows no groups: a grouped layer counts with the input channels of one group.
+    """
     return tuple(
         SpikeSimLayer(
             layer.name,

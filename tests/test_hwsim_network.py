@@ -52,6 +52,7 @@ from mdsnn.hwsim.cost import (
 from mdsnn.hwsim.crossbar import (
     CrossbarNetwork,
     Devices,
+    _student_t,
     accumulate,
     adc_accuracy,
     analog_accuracy,
@@ -598,7 +599,13 @@ def test_stuck_cells_and_wires_reach_the_accumulators() -> None:
     assert 0.1 < changed.mean() < 0.25
     dropped = program(layer, CHIP, devices=Devices(ir_drop=True))
     assert all((a[2] < b[2]).all() for a, b in zip(dropped.cells, ideal.cells, strict=True))
-    for wrong in ({"sigma": -1.0}, {"sigma": math.nan}, {"stuck_low": 1.5}, {"stuck_low": 0.6, "stuck_high": 0.6}):
+    for wrong in (
+        {"sigma": -1.0},
+        {"sigma": 2.1},
+        {"sigma": math.nan},
+        {"stuck_low": 1.5},
+        {"stuck_low": 0.6, "stuck_high": 0.6},
+    ):
         with pytest.raises(ConfigError):
             Devices(**wrong)
 
@@ -812,6 +819,29 @@ def test_conversions_and_delay_by_hand() -> None:
     assert cost.delays["l"] == pytest.approx(4 * 36 * 104e-9)
     assert cost.prepared.synops == pytest.approx(4 * 256 * 130 * 100)
     assert cost.totals.ops == 2 * 4 * 36 * 9 * 130 * 100
+
+
+def test_digital_counts_by_hand() -> None:
+    """ResNet-18 on 2x16x16 events, T = 2, a quarter of everything active."""
+    workload = ms_resnet(18, (2, 16, 16), 2)
+    counts: dict[str, float] = {}
+    for e in priced(workload, uniform(workload, 0.25)).energy:
+        for key in e.keys[:1]:
+            counts[f"{e.component} {key}"] = counts.get(f"{e.component} {key}", 0.0) + e.count
+    sides = [(64, 16), (128, 8), (256, 4), (512, 2)]
+    neurons = 4 * 64 * 256 + sum(c * s * s * 3 + c // 2 * 4 * s * s for c, s in sides[1:]) + 512 * 4
+    adds = sum(2 * c * s * s for c, s in sides)
+    requantized = sum(c // 2 * 4 * s * s for c, s in sides[1:])
+    assert counts["input table memory.bit_energy"] == pytest.approx(0.25 * 2 * 256 * 2 * 8)
+    assert counts["neuron neuron.leak_energy"] == pytest.approx(2 * neurons * 4 / 8)
+    assert counts["neuron neuron.reset_energy"] == pytest.approx(0.25 * 2 * neurons)
+    assert counts["neuron digital.add_energy"] == pytest.approx(2 * (adds + requantized))
+    assert counts["membrane memory memory.bit_energy"] == pytest.approx(2 * 2 * (neurons * 4 + adds * 16))
+    assert counts["pool digital.add_energy"] == pytest.approx(0.25 * 2 * 512 * 4)
+    area = {e.component: e.count for e in priced(workload, uniform(workload, 0.25)).area}
+    assert area["membrane memory"] == neurons * 4
+    assert area["spike memory"] == neurons
+    assert area["stream memory"] == adds * 16
 
 
 def test_metrics_are_consistent_for_every_schedule() -> None:
@@ -1127,6 +1157,29 @@ def test_the_spikesim_report(case: Any, activity: Activity) -> None:
     assert build_report(case[0], activity, "fefet32", model="spikesim").chip["model"] == "spikesim"
     with pytest.raises(ConfigError, match="needs"):
         build_report(case[0], activity, "spikesim65", model="physical")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_planted_network_has_a_report(seed: int) -> None:
+    network, pixels = seeded_case(seed, max_channels=65, max_timesteps=4)
+    counts = measure(network, pixels, kernels="reference")
+    convolutions = [n for n in network.nodes if isinstance(n, Conv) and n.weight.shape[2] * n.weight.shape[3] > 1]
+    for chip in ("fefet32", "spikesim65"):
+        if chip == "spikesim65" and not convolutions:
+            with pytest.raises(ConfigError, match="no convolution"):
+                build_report(network, counts, chip)
+            continue
+        report = build_report(network, counts, chip)
+        page_of(render_html(report))
+        json.loads(report.to_json())
+        assert len(summary(report).splitlines()) <= 25
+        assert all(row["energy_uJ"] >= 0 for row in report.layers)
+
+
+def test_student_t_is_the_quantile() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (*range(1, 60), 1000):
+        assert _student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3), freedom
 
 
 def test_paper_rows_beside_ours(report: Any) -> None:
