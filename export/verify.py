@@ -22,7 +22,7 @@ from mdsnn.kernels.engine import Engine, Trace, check_pixels
 from mdsnn.kernels.errors import ConfigError, MdsnnError
 from mdsnn.kernels.files import write_bytes, write_text
 from mdsnn.kernels.formats import Array, dense_table
-from mdsnn.kernels.network import BnAffine, BnDense, IntegerNetwork, Lif, Node
+from mdsnn.kernels.network import LOGITS, BnAffine, BnDense, IntegerNetwork, Lif, Node
 
 Executor = Callable[[npt.NDArray[np.uint8]], Trace]
 
@@ -138,11 +138,13 @@ class Verification:
 
 
 def segments(network: IntegerNetwork) -> dict[str, tuple[str, ...]]:
-    """For each LIF node and "logits": itself and the nodes that feed it and no LIF before it, in order.
+    """For each LIF node and "logits": itself and the nodes it depends on that no LIF before it has shown to agree.
 
-    If all earlier layers agree at a step, a difference at a layer arose in one of its segment's nodes.
+    A LIF whose h agrees has read the same current, so the node it reads agrees too. Nodes further up may still differ
+    where rounding or saturation hid it, so they stay in the segments of later layers. If all earlier layers agree at
+    a step, a difference at a layer arose in one of its segment's nodes.
     """
-    seen: set[str] = set()
+    agreed: set[str] = set()
     result: dict[str, tuple[str, ...]] = {}
     for node in network.nodes:
         if not isinstance(node, Lif) and node is not network.readout:
@@ -150,11 +152,11 @@ def segments(network: IntegerNetwork) -> dict[str, tuple[str, ...]]:
         stack, found = list(node.inputs), {node.name}
         while stack:
             name = stack.pop()
-            if name not in seen and name not in found and not isinstance(network[name], Lif):
+            if name not in agreed and name not in found:
                 found.add(name)
                 stack.extend(network[name].inputs)
-        seen |= found
-        result["logits" if node is network.readout else node.name] = tuple(
+        agreed.update((node.name, *node.inputs))
+        result[LOGITS if node is network.readout else node.name] = tuple(
             other.name for other in network.nodes if other.name in found
         )
     return result
