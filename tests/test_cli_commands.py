@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, TINY, assert_one_line, call, command, files, names, spawn
 
+from commands import ENVIRONMENT, TINY, assert_one_line, call, command, files, names, spawn
 from mdsnn.cli import COMMANDS, cli
 from mdsnn.cli import run as run_command
 from mdsnn.cli import verify as verify_command
@@ -211,6 +211,18 @@ def test_doctor_names_every_lack_with_its_cure(monkeypatch: pytest.MonkeyPatch) 
     outcome = call("doctor")
     assert outcome.code == 3
     assert "MDSNN_ISA='mmx' is none of" in outcome.out
+
+
+def test_the_network_that_ships_needs_nothing_but_itself() -> None:
+    info = document(call("info", "builtin:digits", "--json").out, "mdsnn.info/1")
+    assert info["network"]["classes"] == 10
+    run = document(call("run", "builtin:digits", "builtin:digits", "--json").out, "mdsnn.run/1")
+    assert len(run["samples"]) == 64
+    outcome = call("verify", "builtin:digits", "--data", "builtin:digits", "--executors", "reference,native", "--json")
+    assert outcome.code == 0
+    assert document(outcome.out, "mdsnn.verify/1")["accuracy"]["native"] >= 0.9
+    bench = call("bench", "builtin:digits", "--executors", "native", "--repeats", "3", "--json")
+    assert document(bench.out, "mdsnn.bench/1")["samples_checked"] == 64
 
 
 # ------------------------------------------------------------------------------------------------- what all share
@@ -415,16 +427,12 @@ atexit.register(lambda: seen and sys.stderr.write(f"AUDIT {seen}"))
 
 
 def test_running_imports_no_torch_and_unpickles_nothing() -> None:
-    from mdsnn.export import artifact
-
     made = files()
-    subject: list[tuple[object, object]] = [(made.artifact, made.npy)]
-    if call("info", "builtin:digits").code == 0:
-        subject.append(("builtin:digits", "builtin:digits"))
-    for network, data in subject:
+    for network, data in ((made.artifact, made.npy), ("builtin:digits", "builtin:digits")):
         for words in (
             ("info", network, "--json"),
             ("run", network, data, "--json"),
+            ("verify", network, "--data", data, "--executors", "native,reference"),
             ("bench", network, "--executors", "native,reference", "--repeats", "3", "--data", data, "--json"),
         ):
             outcome = spawn(*words, prelude=AUDIT)
@@ -432,4 +440,3 @@ def test_running_imports_no_torch_and_unpickles_nothing() -> None:
             assert "AUDIT" not in outcome.err, outcome.err
     caught = spawn("verify", made.artifact, "--executors", "reference,onnx", "--limit", "1", prelude=AUDIT)
     assert "AUDIT" in caught.err  # the hook sees what it is there to see
-    assert artifact.BUILTIN == "builtin:"

@@ -170,9 +170,11 @@ def prepare(
 
 def _torch(checkpoint: str, threads: int) -> Runner:
     """Frozen PyTorch on a student checkpoint, logits only."""
+    from .export import frozen_student
+
     torch = extra("train", "torch")
     torch.set_num_threads(threads)
-    model = extra("train", "mdsnn.freeze").freeze(extra("train", "mdsnn.checkpoint").load_model(checkpoint))
+    model, _ = frozen_student(checkpoint)
 
     def run(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
         with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ SUMMARY = "summary.json"
     type=click.IntRange(0, (1 << 63) - 1),
     help="Of weights, order and augmentation.",
 )
-@click.option("--force", is_flag=True, help="Start over in a folder that holds a finished demo.")
+@click.option("--force", is_flag=True, help="Start over in a folder that holds a demo, finished or not.")
 @json_option
 def command(out: str, seed: int, force: bool, json_file: str | None) -> None:
     """From 1,797 real images to a verified integer network and a crossbar report, in a few minutes on two cores.
@@ -76,12 +75,13 @@ def demo(out: Path, *, seed: int = 0, force: bool = False, say_line: Callable[[s
     extra("train", "mdsnn.train")  # fail before any work if an extra is missing
     extra("report", "mdsnn.hwsim.report")
     out = make_folder(out)
-    if (out / SUMMARY).exists():
-        if not force:
-            raise StorageError(f"{out / SUMMARY}: a finished demo is kept; pass --force, or another --out")
-        (out / SUMMARY).unlink()
+    if force:
+        (out / SUMMARY).unlink(missing_ok=True)
         for folder in ("teacher", "student", "plain"):
-            shutil.rmtree(out / folder, ignore_errors=True)
+            for name in ("last.ckpt", "model.ckpt"):  # without them a run starts over
+                (out / folder / name).unlink(missing_ok=True)
+    elif (out / SUMMARY).exists():
+        raise StorageError(f"{out / SUMMARY}: a finished demo is kept; pass --force, or another --out")
     try:
         document = _fill(out, seed, say_line)
     except KeyboardInterrupt:

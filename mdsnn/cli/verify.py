@@ -102,9 +102,10 @@ def command(
 
 def torch_executor(checkpoint: str) -> Executor:
     """Frozen PyTorch on a student checkpoint."""
-    freezing = extra("train", "mdsnn.freeze")
-    model = extra("train", "mdsnn.checkpoint").load_model(checkpoint)
-    executor: Executor = extra("train", "mdsnn.export.lower").torch_executor(freezing.freeze(model))
+    from .export import frozen_student
+
+    model, _ = frozen_student(checkpoint)
+    executor: Executor = extra("train", "mdsnn.export.lower").torch_executor(model)
     return executor
 
 
