@@ -4,7 +4,7 @@
     python benchmarks/report.py --seeds benchmarks/results/digits_seeds.json
 
 For each seed a teacher, a distilled W4/U4 and W8/U8 student, and the W4/U4 student without distillation, by the demo's
-recipes; the distilled students are exported and verified on all 450 test images in five executors. Networks are those of
+recipes; the students are exported and verified on all 450 test images in five executors. Networks are those of
 the last epoch; nothing is chosen by test accuracy. Resumable: finished trainings in --out are kept.
 """
 
