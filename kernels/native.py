@@ -43,7 +43,7 @@ from .network import (
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 3  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 5  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
@@ -53,9 +53,10 @@ _BLOCK = 64  # channels a fused convolution takes at a time
 _FEW = 16  # below so many channels a block would be mostly empty
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
-_SUM_BYTES = 1 << 16  # sums of a band of tiles
+_SUM_BYTES = 1 << 14  # sums of a band of tiles
 _COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
 _TILE = 16  # outputs a tile holds
+_BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _FLUSH = 8  # rows that must fit 8 bits for 8-bit sums to be worth it
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
 
@@ -238,6 +239,28 @@ class _Reach:
         thresholds = lif.thresholds.astype(np.int64)
         below = int((thresholds <= lo).sum())
         return cls(lo, hi, below - delta(lif.bits), thresholds[below : int((thresholds <= hi).sum())])
+
+
+def _buckets(reach: _Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | None:
+    """Buckets of u that hold one threshold each (see mdsnn.h): base, shift, thresholds, codes, decoded codes.
+
+    None where that takes more than 31, or u - base could leave 16 bits.
+    """
+    thresholds = reach.thresholds
+    if not len(thresholds) or len(np.unique(thresholds)) > _BUCKETS:
+        return None
+    for shift in range(15, -1, -1):
+        base = int(thresholds[0]) >> shift << shift
+        places = (thresholds - base) >> shift
+        different = len(np.unique(places)) == len(np.unique(thresholds))
+        if not different or int(places[-1]) >= _BUCKETS or reach.lo - base < -(2**15) or reach.hi - base >= 2**15:
+            continue
+        at = np.full(_BUCKETS + 1, 32767)
+        at[places] = thresholds
+        counts = np.searchsorted(places, np.arange(_BUCKETS + 1), side="left")
+        codes = reach.code_first + counts
+        return base, shift, at, codes, lif.decode[codes + delta(lif.bits)]
+    return None
 
 
 def _narrow_stream(network: IntegerNetwork) -> bool:
@@ -563,6 +586,14 @@ class _Plan:
             "soft": int(node.reset == "soft"),
             "state": self._state(int(np.prod(self.network.proof.shapes[node.name]))),
         }
+        buckets = _buckets(reach, node) if self.stream_type == _I16 else None
+        if buckets is not None:
+            base, shift, *tables = buckets
+            names = ("bucket_threshold", "bucket_code", "bucket_decode")
+            fields.update(buckets=1, bucket_base=base, bucket_shift=shift)
+            fields.update(
+                {name: self._pointer("int16_t", table, np.int16) for name, table in zip(names, tables, strict=True)}
+            )
         if len(thresholds) > _COMPARED:
             fields["search"] = self.lib.MDSNN_BISECT
             base = int(thresholds[0]) - 1
@@ -613,6 +644,7 @@ class _Plan:
                 "stream_type": self.stream_type,
                 "chunk": self.chunk,
                 "counters": len(self.counters),
+                "bits": self._pointer("uint32_t", _bit_places(), np.uint32),
                 "counted": self._state(8 * len(self.counters)),
                 "state_bytes": self.state_bytes,
                 "scratch_bytes": self.scratch_bytes,
@@ -646,10 +678,10 @@ def _pack_pairs(conv: Conv) -> Array:
 
 
 def _pack_tiles(weight: Array) -> Array:
-    """(C_out, C_in, kh, kw) to [outs/64][ky][kx][ins/64][4 tiles of 16 outs][16][out 16][in 4], zeros as padding."""
+    """(C_out, C_in, kh, kw) to [outs/64][4 tiles of 16 outs][ky][kx][ins/64][16][out 16][in 4], zeros as padding."""
     c_out, c_in, kh, kw = weight.shape
     padded = np.pad(weight, ((0, -c_out % _BLOCK), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
-    return padded.reshape(-1, 4, 16, -(-c_in // _BLOCK), 16, 4, kh, kw).transpose(0, 6, 7, 3, 1, 4, 2, 5)
+    return padded.reshape(-1, 4, 16, -(-c_in // _BLOCK), 16, 4, kh, kw).transpose(0, 1, 6, 7, 3, 4, 2, 5)
 
 
 def _pack_events(weight: Array, vector: int) -> Array:
@@ -665,6 +697,15 @@ def _pack_events(weight: Array, vector: int) -> Array:
         order = np.arange(_BLOCK).reshape(-1, 2, vector // 2).transpose(0, 2, 1).reshape(-1)
         padded = padded.reshape(outs, _BLOCK, ins * _BLOCK, kh, kw)[:, order].reshape(padded.shape)
     return padded.reshape(outs, _BLOCK, ins, _BLOCK, kh, kw).transpose(0, 2, 5, 4, 3, 1)
+
+
+def _bit_places() -> Array:
+    """(256, 8): 64 times the place of each bit that is set in a byte, lowest first, then 0."""
+    places = np.zeros((256, 8), np.uint32)
+    for byte in range(256):
+        set_bits = [bit for bit in range(8) if byte >> bit & 1]
+        places[byte, : len(set_bits)] = [_BLOCK * bit for bit in set_bits]
+    return places
 
 
 def _arena(size: int) -> npt.NDArray[np.uint8]:

@@ -106,6 +106,7 @@ def test_constants_that_stand_in_python_and_in_c_are_equal() -> None:
     limit = re.search(r"#define MDSNN_MAX_COMPARED (\d+)", (source / "kernels.h").read_text())
     assert limit is not None
     assert int(limit.group(1)) == native._COMPARED
+    assert lib.MDSNN_BUCKETS == native._BUCKETS
     assert [getattr(lib, f"MDSNN_{level.upper()}") for level in native.ISA_LEVELS] == list(range(4))
     assert [getattr(lib, f"MDSNN_{name}") for name in ("I8", "I16", "I32")] == [native._I8, native._I16, native._I32]
 

@@ -60,7 +60,7 @@ static inline NAME(v32) NAME(load_sums)(const void *sums, int wide, ptrdiff_t at
 }
 
 /* bn of sums [pixel][t][64] by table, or with products of 64 bits, to y in the same order; `channels` of the 64. */
-static void NAME(bn_slow)(const mdsnn_op *bn, const void *sums, int wide, ptrdiff_t rows, int first, int channels,
+APART static void NAME(bn_slow)(const mdsnn_op *bn, const void *sums, int wide, ptrdiff_t rows, int first, int channels,
                           int16_t *y)
 {
     for (ptrdiff_t row = 0; row < rows; row++)
@@ -84,7 +84,7 @@ static inline uint8_t *NAME(element)(const view *v, ptrdiff_t size, int y, int x
 
 /* One block of 64 outputs of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide; y_row: room for them
  * in int16, for a bn that is not an affine one of 32 bits. */
-static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k, const void *sums,
+APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k, const void *sums,
                            int wide, int16_t *y_row, int y, int x, int pixels, int block)
 {
     const mdsnn_op *bn = op->bn, *fire = op->fire;

@@ -24,7 +24,8 @@ typedef int32_t NAME(v32) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int8_t NAME(half8) __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 /* Appends base + 64*i for each of the first `count` (at most 64) bytes that is not 0; may write 16 entries beyond. */
-static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t base, uint32_t *to)
+static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t base, const uint32_t *bits,
+                                     uint32_t *to)
 {
     uint64_t mask;
 #if defined(__AVX512BW__)
@@ -48,6 +49,7 @@ static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t 
 #endif
     if (count < BLOCK)
         mask &= ((uint64_t)1 << count) - 1;
+    (void)bits;
 #if defined(__AVX512BW__)
     __m512i entry = _mm512_add_epi32(
         _mm512_set1_epi32((int)base),
@@ -57,6 +59,13 @@ static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t 
         _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(here, entry));
         to += __builtin_popcount(here);
         entry = _mm512_add_epi32(entry, _mm512_set1_epi32(16 * BLOCK));
+    }
+#elif defined(__AVX2__)
+    for (int part = 0; part < 8; part++, mask >>= 8, base += 8 * BLOCK) {
+        uint8_t here = (uint8_t)mask;
+        __m256i places = _mm256_loadu_si256((const __m256i *)(bits + 8 * here));
+        _mm256_storeu_si256((__m256i *)to, _mm256_add_epi32(places, _mm256_set1_epi32((int)base)));
+        to += __builtin_popcount(here);
     }
 #else
     while (mask != 0) {
@@ -68,7 +77,7 @@ static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t 
 }
 
 /* Lists of output row y for every block of inputs and step; `starts` takes, for each list, where each column begins. */
-static uint32_t *NAME(list_row)(const mdsnn_op *op, const view *in, int steps, int y, const uint32_t *lists,
+APART static uint32_t *NAME(list_row)(const frame *f, const mdsnn_op *op, const view *in, int steps, int y, const uint32_t *lists,
                                 uint32_t *to, uint32_t *starts, ptrdiff_t starts_block)
 {
     int blocks = (in->channels + BLOCK - 1) / BLOCK;
@@ -82,7 +91,7 @@ static uint32_t *NAME(list_row)(const mdsnn_op *op, const view *in, int steps, i
                     int64_t from = (int64_t)y * op->stride + ky - op->padding;
                     if (from >= 0 && from < in->height)
                         to = NAME(append)(in->at + from * in->row + x * in->pixel + t * in->step + b * BLOCK, count,
-                                          (uint32_t)((x * op->kernel_height + ky) * BLOCK * BLOCK), to);
+                                          (uint32_t)((x * op->kernel_height + ky) * BLOCK * BLOCK), f->plan->bits, to);
                 }
             }
             start[in->width] = (uint32_t)(to - lists);
@@ -144,7 +153,7 @@ static inline void NAME(add_rows_16)(const uint32_t *entry, const uint32_t *end,
 }
 
 /* Adds one block of inputs to the sums [x][t][64] of one output row. */
-static void NAME(events_row)(const mdsnn_op *op, const view *in, int width, int steps, const uint32_t *lists,
+APART static void NAME(events_row)(const mdsnn_op *op, const view *in, int width, int steps, const uint32_t *lists,
                              const uint32_t *starts, const int8_t *weights, int16_t *sums)
 {
     ptrdiff_t column = (ptrdiff_t)op->kernel_height * BLOCK * BLOCK;

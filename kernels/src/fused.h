@@ -15,7 +15,7 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
         int rows = to.height - y < op->band ? to.height - y : op->band;
         uint32_t *end = lists;
         for (int r = 0; r < rows; r++)
-            end = NAME(list_row)(op, &in, steps, y + r, lists, end, starts + r * starts_row, starts_block);
+            end = NAME(list_row)(f, op, &in, steps, y + r, lists, end, starts + r * starts_row, starts_block);
         for (int o = 0; o < outs; o++) {
             memset(sums, 0, sizeof *sums * (size_t)(sums_row * rows));
             for (int i = 0; i < ins; i++)

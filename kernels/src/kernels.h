@@ -25,12 +25,14 @@
 #include "readout.h"
 
 #define STREAM int16_t
+#define STREAM_IS_NARROW
 #define USTREAM uint16_t
 #define STREAM_SUFFIX i16
 #include "bn.h"
 #include "lif.h"
 #include "residual.h"
 #undef STREAM
+#undef STREAM_IS_NARROW
 #undef USTREAM
 #undef STREAM_SUFFIX
 

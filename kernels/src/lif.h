@@ -8,9 +8,10 @@
  * (tests/test_kernels_bit_exact.py); where the two differ, this file is wrong.
  *
  * All steps of a few neurons come before the next neurons, so that their membranes stay in registers. With few
- * thresholds left (see native.py) a comparison each is cheaper than a search, and decode[q] is carried as a running sum
- * of the table's increments; with many, each lane looks its code up in a dense table, or bisects where that table would
- * be too large. Sums of vectors are unsigned: they wrap, and the proof says that the result fits.
+ * thresholds left (see native.py) a comparison each is cheaper than a search, and decode[q] is a running sum of the
+ * table's increments, or a byte shuffle where there is one (AVX2). Where AVX-512 can permute 32 words, one comparison is
+ * enough: with the threshold of u's bucket. With many thresholds each lane looks its code up in a dense table, or
+ * bisects where that table would be too large. Sums of vectors are unsigned: they wrap, and the result is proven to fit.
  */
 
 #define LANES ((int)(VECTOR_BYTES / sizeof(STREAM)))
@@ -20,9 +21,15 @@ typedef USTREAM STREAM_NAME(uvec) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int8_t STREAM_NAME(bytes) __attribute__((vector_size(VECTOR_BYTES / sizeof(STREAM))));
 
 typedef struct STREAM_NAME(lif_constants) {
-    STREAM_NAME(vec) threshold[MDSNN_MAX_COMPARED];
+    STREAM_NAME(vec) below[MDSNN_MAX_COMPARED]; /* each threshold - 1: u >= threshold is u > below */
     STREAM_NAME(uvec) increment[MDSNN_MAX_COMPARED]; /* of decode, from one code to the next */
     STREAM_NAME(vec) v_th, v_soft, q_th, code_first, decode_first, decode_zero;
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+    __m512i bucket_threshold, bucket_code, bucket_decode, bucket_base;
+    __m128i bucket_shift;
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+    __m256i decode_low, decode_high; /* bytes of what the first code left and its followers decode to */
+#endif
 } STREAM_NAME(lif_constants);
 
 static inline STREAM_NAME(vec) STREAM_NAME(splat)(int32_t value)
@@ -53,11 +60,35 @@ static inline int32_t STREAM_NAME(lif_code)(const mdsnn_op *op, int32_t u)
 static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
                                            STREAM_NAME(vec) u, STREAM_NAME(vec) *q, STREAM_NAME(vec) *decoded)
 {
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+    if (op->buckets) {
+        __m512i i = _mm512_sra_epi16(_mm512_sub_epi16((__m512i)u, k->bucket_base), k->bucket_shift);
+        i = _mm512_min_epi16(_mm512_max_epi16(i, _mm512_setzero_si512()), _mm512_set1_epi16(MDSNN_BUCKETS - 1));
+        __mmask32 reached = _mm512_cmpge_epi16_mask((__m512i)u, _mm512_permutexvar_epi16(i, k->bucket_threshold));
+        i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
+        *q = (STREAM_NAME(vec))_mm512_permutexvar_epi16(i, k->bucket_code);
+        *decoded = (STREAM_NAME(vec))_mm512_permutexvar_epi16(i, k->bucket_decode);
+        return;
+    }
+#endif
+#if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
+    if (op->search == MDSNN_COMPARE && op->thresholds < 16) {
+        STREAM_NAME(vec) index = {0};
+        for (int j = 0; j < op->thresholds; j++)
+            index -= (STREAM_NAME(vec))(u > k->below[j]);
+        *q = k->code_first + index;
+        __m256i low = _mm256_or_si256((__m256i)index, _mm256_set1_epi16((short)0x8000));
+        __m256i high = _mm256_or_si256(_mm256_slli_epi16((__m256i)index, 8), _mm256_set1_epi16(0x0080));
+        *decoded = (STREAM_NAME(vec))_mm256_or_si256(_mm256_shuffle_epi8(k->decode_low, low),
+                                                     _mm256_shuffle_epi8(k->decode_high, high));
+        return;
+    }
+#endif
     if (op->search == MDSNN_COMPARE) {
         STREAM_NAME(vec) code = k->code_first;
         STREAM_NAME(uvec) sum = (STREAM_NAME(uvec))k->decode_first;
         for (int j = 0; j < op->thresholds; j++) {
-            STREAM_NAME(vec) reached = (STREAM_NAME(vec))(u >= k->threshold[j]);
+            STREAM_NAME(vec) reached = (STREAM_NAME(vec))(u > k->below[j]);
             code -= reached;
             sum += (STREAM_NAME(uvec))reached & k->increment[j];
         }
@@ -163,9 +194,29 @@ static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constan
     if (op->search == MDSNN_COMPARE)
         for (int j = 0; j < op->thresholds; j++) {
             const int32_t *decode = op->decode + op->top + op->code_first + j;
-            k->threshold[j] = STREAM_NAME(splat)(op->threshold[j]);
+            k->below[j] = STREAM_NAME(splat)(op->threshold[j] - 1);
             k->increment[j] = (STREAM_NAME(uvec))STREAM_NAME(splat)((int32_t)((uint32_t)decode[1] - (uint32_t)decode[0]));
         }
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+    if (op->buckets) {
+        k->bucket_threshold = _mm512_loadu_si512(op->bucket_threshold);
+        k->bucket_code = _mm512_loadu_si512(op->bucket_code);
+        k->bucket_decode = _mm512_loadu_si512(op->bucket_decode);
+        k->bucket_base = _mm512_set1_epi16((short)op->bucket_base);
+        k->bucket_shift = _mm_cvtsi32_si128(op->bucket_shift);
+    }
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+    if (op->search == MDSNN_COMPARE && op->thresholds < 16) {
+        uint8_t low[32] = {0}, high[32] = {0};
+        for (int j = 0; j <= op->thresholds; j++) {
+            uint16_t decoded = (uint16_t)op->decode[op->top + op->code_first + j];
+            low[j] = low[j + 16] = (uint8_t)decoded;
+            high[j] = high[j + 16] = (uint8_t)(decoded >> 8);
+        }
+        memcpy(&k->decode_low, low, sizeof low);
+        memcpy(&k->decode_high, high, sizeof high);
+    }
+#endif
 }
 
 /* The neurons of `pixels` pixels of one row. */

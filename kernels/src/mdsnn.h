@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 3 };
+enum mdsnn_version { MDSNN_CONTRACT = 5 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -43,6 +43,9 @@ enum mdsnn_method {
 };
 
 enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
+
+/* Buckets of membranes: u is in number clamp((u - base) >> shift, 0, 30), and no bucket holds two thresholds. */
+enum mdsnn_limits { MDSNN_BUCKETS = 31 };
 
 enum mdsnn_isa { MDSNN_BASE, MDSNN_AVX2, MDSNN_AVX512, MDSNN_AMX };
 
@@ -86,6 +89,11 @@ typedef struct mdsnn_op {
     const int32_t *decode; /* entry q + top */
     const int8_t *code;    /* search by table: code of u = code_base + index, index clamped to 0..code_count - 1 */
     int32_t code_base, code_count;
+    int32_t buckets;       /* 1: the thresholds lie in buckets */
+    int32_t bucket_base, bucket_shift;
+    const int16_t *bucket_threshold; /* [32], out of reach where a bucket has none */
+    const int16_t *bucket_code;      /* [32] code of u below the threshold of its bucket; one further, not below */
+    const int16_t *bucket_decode;    /* [32] what that code decodes to */
     int32_t v_th, v_soft, q_th;
     int32_t pre_fire, soft;
     /* fused: `other` is the value to add, `out` the stream to store; the parts are operations of their own kind */
@@ -110,6 +118,7 @@ typedef struct mdsnn_plan {
     int32_t stream_type;   /* MDSNN_I16 or MDSNN_I32: the type of every stream value */
     int32_t chunk;         /* most steps a pass over the operations takes; scratch is sized for it */
     int32_t counters;
+    const uint32_t *bits;  /* [256][8]: 64 times the place of each bit that is set in a byte, lowest first */
     int64_t counted;       /* bytes into the state: counts of the fixed values, int64 [counters] */
     int64_t state_bytes, scratch_bytes;
 } mdsnn_plan;

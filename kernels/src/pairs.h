@@ -32,7 +32,7 @@ static inline NAME(v32) NAME(multiply_pairs)(NAME(v16) a, NAME(v16) b)
 }
 
 /* The inputs of output row y: columns [x][t][depth]. */
-static void NAME(pairs_columns)(const mdsnn_op *op, const view *in, int steps, int y, int width, int16_t *columns)
+APART static void NAME(pairs_columns)(const mdsnn_op *op, const view *in, int steps, int y, int width, int16_t *columns)
 {
     for (int x = 0; x < width; x++)
         for (int t = 0; t < steps; t++, columns += op->depth) {
@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) void NAME(pairs_few)(const int16_t 
             memcpy(sums + r * BLOCK + v * (VECTOR_BYTES / 4), &sum[r][v], sizeof sum[r][v]);
 }
 
-static void NAME(pairs_row)(const int16_t *columns, int rows, int depth, const int8_t *packed, int32_t *sums)
+APART static void NAME(pairs_row)(const int16_t *columns, int rows, int depth, const int8_t *packed, int32_t *sums)
 {
     const int16_t *weights = (const int16_t *)(const void *)packed;
     for (int c = 0; c < BLOCK; c += GROUP) {

@@ -91,23 +91,42 @@ static void NAME(flatten)(const frame *f, const mdsnn_op *op)
             }
 }
 
+/* Bytes that are not 0 among `count` at `from`, and as many at each further pixel. */
+static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t pixels, int count)
+{
+    typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES)));
+    int64_t there = 0;
+    int c = 0;
+    for (; c + VECTOR_BYTES <= count; c += VECTOR_BYTES)
+        for (ptrdiff_t first = 0; first < pixels; first += 255) { /* a byte counts to 255 */
+            ptrdiff_t end = first + 255 < pixels ? first + 255 : pixels;
+            bytes sum = {0}, row;
+            for (ptrdiff_t p = first; p < end; p++) {
+                memcpy(&row, from + p * pixel + c, sizeof row);
+                sum -= (bytes)(row != 0);
+            }
+            for (int i = 0; i < VECTOR_BYTES; i++)
+                there += sum[i];
+        }
+    for (; c < count; c++)
+        for (ptrdiff_t p = 0; p < pixels; p++)
+            there += from[p * pixel + c] != 0;
+    return there;
+}
+
 /* Adds the count of each step to `counts`; a fixed value has one. */
 static void NAME(count)(const frame *f, int index, int64_t *counts)
 {
     view v = view_of(f, index);
     int steps = v.step ? f->steps : 1;
-    size_t size = NAME(size_of)(v.type);
-    for (int y = 0; y < v.height; y++)
-        for (int x = 0; x < v.width; x++)
-            for (int t = 0; t < steps; t++) {
-                const uint8_t *from = v.at + (size_t)(y * v.row + x * v.pixel + t * v.step) * size;
-                int64_t there = 0;
-                if (size == 1)
-                    for (int c = 0; c < v.channels; c++)
-                        there += from[c] != 0;
-                else
-                    for (int c = 0; c < v.channels; c++)
-                        there += ((const int32_t *)from)[c] != 0;
-                counts[t] += there;
-            }
+    ptrdiff_t pixels = (ptrdiff_t)v.height * v.width;
+    for (int t = 0; t < steps; t++) {
+        if (v.type == MDSNN_I8) {
+            counts[t] += NAME(count_bytes)(v.at + t * v.step, v.pixel, pixels, v.channels);
+            continue;
+        }
+        for (ptrdiff_t p = 0; p < pixels; p++)
+            for (int c = 0; c < v.channels; c++)
+                counts[t] += ((const int32_t *)v.at)[p * v.pixel + t * v.step + c] != 0;
+    }
 }

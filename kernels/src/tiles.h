@@ -8,8 +8,9 @@
  * with its padding, and with a column in each residue class of the stride beside its own kind:
  *     input [y + padding][class][column][t][in, up to 64s]
  * The right operand is 64 inputs of 16 outputs, four inputs side by side as the instruction wants them:
- *     weights [outs/64][ky][kx][ins/64][4 tiles of 16 outs][16][out 16][in 4]
- * Two tiles of outputs by two of channels are summed at a time: of eight registers, four hold sums.
+ *     weights [outs/64][4 tiles of 16 outs][ky][kx][ins/64][16][out 16][in 4]
+ * Four tiles of outputs are summed at a time, so that a tile of weights, which may come from a far cache, is loaded once
+ * for all of them.
  *
  * The intrinsics of gcc do not say that they touch memory, hence the fences around them, and the configuration is
  * loaded by hand.
@@ -47,7 +48,7 @@ static void NAME(tiles_begin)(void)
 static void NAME(tiles_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
 /* Copies the input to `to` and says how it lies there. */
-static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, int out_width, int steps, uint8_t *to)
+APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, int out_width, int steps, uint8_t *to)
 {
     NAME(tiles) g;
     int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
@@ -84,8 +85,8 @@ static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, int o
     return g;
 }
 
-/* Two tiles of outputs, at `a` and `b` bytes into the input, by two of channels. `b` may repeat `a`. */
-static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, const uint8_t *a, const uint8_t *b,
+/* Four tiles of outputs, whose inputs begin at `from`, by one of channels. */
+static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, const uint8_t *const from[4],
                                     const int8_t *weights)
 {
     _tile_zero(0);
@@ -95,39 +96,41 @@ static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, co
     for (int ky = 0; ky < op->kernel_height; ky++)
         for (int kx = 0; kx < op->kernel_width; kx++) {
             ptrdiff_t tap = ky * g->row + kx % op->stride * g->class + kx / op->stride * g->steps * g->pitch;
-            for (int i = 0; i < g->ins; i++, weights += BLOCK * BLOCK) {
-                _tile_loadd(4, a + tap + i * BLOCK, g->pitch);
-                _tile_loadd(6, weights, BLOCK);
-                _tile_loadd(7, weights + TILE * BLOCK, BLOCK);
-                _tile_dpbssd(0, 4, 6);
-                _tile_dpbssd(1, 4, 7);
-                _tile_loadd(5, b + tap + i * BLOCK, g->pitch);
-                _tile_dpbssd(2, 5, 6);
-                _tile_dpbssd(3, 5, 7);
+            for (ptrdiff_t i = tap; i < tap + g->pitch; i += BLOCK, weights += TILE * BLOCK) {
+                _tile_loadd(4, weights, BLOCK);
+                _tile_loadd(5, from[0] + i, g->pitch);
+                _tile_dpbssd(0, 5, 4);
+                _tile_loadd(6, from[1] + i, g->pitch);
+                _tile_dpbssd(1, 6, 4);
+                _tile_loadd(7, from[2] + i, g->pitch);
+                _tile_dpbssd(2, 7, 4);
+                _tile_loadd(5, from[3] + i, g->pitch);
+                _tile_dpbssd(3, 5, 4);
             }
         }
 }
 
 /* sums [row][x, t up to whole tiles][64] of `rows` output rows from y on, for one block of outputs. */
-static void NAME(tiles_band)(const mdsnn_op *op, const NAME(tiles) *g, int y, int rows, const int8_t *weights,
+APART static void NAME(tiles_band)(const mdsnn_op *op, const NAME(tiles) *g, int y, int rows, const int8_t *weights,
                              int32_t *sums)
 {
     int count = rows * g->across;
     FENCE();
-    for (int half = 0; half < 2; half++)
-        for (int i = 0; i < count; i += 2) {
-            int j = i + 1 < count ? i + 1 : i;
-            const uint8_t *a = g->input + (ptrdiff_t)(y + i / g->across) * op->stride * g->row +
-                               (ptrdiff_t)(i % g->across) * TILE * g->pitch;
-            const uint8_t *b = g->input + (ptrdiff_t)(y + j / g->across) * op->stride * g->row +
-                               (ptrdiff_t)(j % g->across) * TILE * g->pitch;
-            NAME(tiles_four)(op, g, a, b, weights + half * 2 * TILE * BLOCK);
-            int32_t *left = sums + (ptrdiff_t)i * TILE * BLOCK + half * 2 * TILE;
-            int32_t *right = sums + (ptrdiff_t)j * TILE * BLOCK + half * 2 * TILE;
-            _tile_stored(0, left, BLOCK * sizeof *sums);
-            _tile_stored(1, left + TILE, BLOCK * sizeof *sums);
-            _tile_stored(2, right, BLOCK * sizeof *sums);
-            _tile_stored(3, right + TILE, BLOCK * sizeof *sums);
+    for (int n = 0; n < 4; n++, weights += g->weights / 4)
+        for (int i = 0; i < count; i += 4) {
+            const uint8_t *from[4];
+            int32_t *to[4];
+            for (int j = 0; j < 4; j++) { /* beyond the end: the last one again */
+                int at = i + j < count ? i + j : count - 1;
+                from[j] = g->input + (ptrdiff_t)(y + at / g->across) * op->stride * g->row +
+                          (ptrdiff_t)(at % g->across) * TILE * g->pitch;
+                to[j] = sums + (ptrdiff_t)at * TILE * BLOCK + n * TILE;
+            }
+            NAME(tiles_four)(op, g, from, weights);
+            _tile_stored(0, to[0], BLOCK * sizeof *sums);
+            _tile_stored(1, to[1], BLOCK * sizeof *sums);
+            _tile_stored(2, to[2], BLOCK * sizeof *sums);
+            _tile_stored(3, to[3], BLOCK * sizeof *sums);
         }
     FENCE();
 }
