@@ -41,21 +41,22 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     """A table on stdout: numbers right, words left."""
     cells = [[("" if value is None else printable(str(value)).replace("\n", "\\n")) for value in row] for row in rows]
     numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
+    widths = [max(len(header), *(len(row[i]) for row in cells), 0) for i, header in enumerate(headers)]
+    if title:
+        click.echo(title)
     console = _rich(sys.stdout)
-    if console is not None:
+    if console is not None and sum(widths) + 3 * len(widths) <= console.Console().width:  # else rich would cut words
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        grid = Table(title=title or None, title_justify="left", header_style="bold")
+        grid = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         for header, right in zip(headers, numeric, strict=True):
-            grid.add_column(header, justify="right" if right else "left", overflow="fold")
+            grid.add_column(header, justify="right" if right else "left")
         for row in cells:
             grid.add_row(*map(Text, row))
         console.Console().print(grid)
         return
-    if title:
-        click.echo(title)
-    widths = [max(len(header), *(len(row[i]) for row in cells), 0) for i, header in enumerate(headers)]
     for row in [list(headers), *cells]:
         line = "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
