@@ -22,8 +22,8 @@ from unittest import mock
 
 import click
 import numpy as np
-from commands import Outcome, call, files
 
+from commands import Outcome, call, files
 from mdsnn.cli import COMMANDS, bench, cli, demo, doctor
 from mdsnn.kernels.errors import TrainingError
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, TINY, assert_one_line, call, files, names, spawn
 from PIL import Image
 
+from commands import ENVIRONMENT, TINY, assert_one_line, call, files, names, spawn
 from mdsnn.kernels.container import pack, unpack
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, Outcome, assert_one_line, call, files, names
 
+from commands import ENVIRONMENT, Outcome, assert_one_line, call, files, names
 from mdsnn.export import artifact
 from mdsnn.kernels import Engine
 from mdsnn.kernels.network import BnAffine, Conv, IntegerNetwork, Lif, Readout

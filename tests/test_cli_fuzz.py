@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from commands import Outcome
 from fuzz_commands import fault_of, fuzz, playground, words_of
 
+from commands import Outcome
 from mdsnn.cli import COMMANDS
 
 

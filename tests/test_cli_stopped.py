@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, TINY, Outcome, call, command, files, names
 
+from commands import ENVIRONMENT, TINY, Outcome, call, command, files, names
 from mdsnn import checkpoint as checkpoints
 from mdsnn.export import artifact
 from mdsnn.kernels.container import unpack

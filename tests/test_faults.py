@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import TINY, Outcome, call, files, names, spawn
 
+from commands import TINY, Outcome, call, files, names, spawn
 from mdsnn import data
 from mdsnn.export import artifact
 
