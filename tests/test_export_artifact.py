@@ -2,22 +2,25 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from hostile import ODD_VALUES, at, branches, hunt, judge, leaves, put, sign, small_artifacts, take_apart
 from hypothesis import given, settings
 
+from hostile import ODD_VALUES, at, branches, hunt, judge, leaves, put, sign, small_artifacts, take_apart
 from mdsnn.export import artifact
 from mdsnn.export.verify import compare_constants
 from mdsnn.kernels.container import canonical_json
@@ -535,3 +538,43 @@ def test_claims_are_compared_as_json():
     assert canonical_json(True) != canonical_json(1) != canonical_json(1.0)
     with pytest.raises(NetworkError):
         InputTable("x", np.array([[1.0]]))
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+_spec = importlib.util.spec_from_file_location(
+    "artifact_example", Path(__file__).parent.parent / "docs/artifact_example.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+artifact_example = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(artifact_example)
+
+
+def test_the_example_of_the_page_is_what_its_script_writes():
+    text = artifact_example.PAGE.read_text("utf-8")
+    assert artifact_example.page(text) == text
+
+
+def test_the_example_of_the_page_is_an_artifact_byte_by_byte():
+    """The dump's rows are where it says they are in the file it describes, and the document is that file's."""
+    text = artifact_example.PAGE.read_text("utf-8")
+    content = artifact.to_bytes(artifact_example.example())
+    assert f"an artifact of {len(content)} bytes" in text
+    rows = re.findall(r"^(\d+) +((?:[0-9a-f]{2} ?)+)", text[text.index("```text") :], re.MULTILINE)
+    assert len(rows) == 11
+    for offset, data in rows:
+        at = int(offset)
+        assert content[at : at + len(bytes.fromhex(data))] == bytes.fromhex(data)
+    shown = json.loads(text[text.index("```json") + 7 : text.rindex("```")])
+    document, _ = take_apart(content)
+    assert canonical_json(shown) == canonical_json(document)
+    assert hashlib.sha256(content).hexdigest() in text
+
+
+def test_the_page_names_every_node_type_key_and_claim(every_type):
+    text = artifact_example.PAGE.read_text("utf-8")
+    document, tensors = take_apart(every_type)
+    words = {key for node in document["nodes"] for key in (*node, *node["claims"])} | set(document) | set(NODE_TYPES)
+    words |= {name.rpartition("/")[2] for name in tensors} | set(document["grid"]) | set(document["input"])
+    assert {word for word in words if f"`{word}`" not in text} == set()
