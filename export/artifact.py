@@ -155,10 +155,8 @@ class _Reader:
     def fail(self, what: str) -> ArtifactError:
         return ArtifactError(f"{self.where}: {what}")
 
-    def table(self, value: Any, keys: dict[str, type], place: str) -> dict[str, Any]:
-        """`value` as an object with exactly `keys`, each of exactly its type."""
-        if type(value) is not dict:
-            raise self.fail(f"{place}: an object was expected, got {type(value).__name__}")
+    def table(self, value: dict[str, Any], keys: dict[str, type], place: str) -> dict[str, Any]:
+        """`value` if it has exactly `keys`, each of exactly its type."""
         for key in value:
             if key not in keys:
                 raise self.fail(f"{place}: unknown key {key!r:.60}")

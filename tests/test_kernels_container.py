@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from hostile import forge, signed_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from hostile import forge, signed_header
 from mdsnn.kernels import container
 from mdsnn.kernels.container import canonical_json, pack, unpack
 from mdsnn.kernels.errors import ArtifactError, CheckpointError
@@ -195,6 +195,14 @@ def test_bytes_beyond_ascii_are_refused():
     text = '{"__metadata__":{"mdsnn.test":"\xc3"}}'.encode("latin-1")
     text += b" " * (-len(text) % 8)
     refused(len(text).to_bytes(8, "little") + text, "not ASCII")
+
+
+def test_padding_beyond_the_next_multiple_of_8_is_refused():
+    text = canonical_json({"__metadata__": {KEY: "{}"}}).encode()
+    text += b" " * (-len(text) % 8 + 8)
+    refused(len(text).to_bytes(8, "little") + text, "padding is not the least")
+    signed = HEADER.encode() + b" " * (-len(HEADER) % 8 + 8)
+    refused(len(signed).to_bytes(8, "little") + signed + DATA)
 
 
 LOOKALIKES = [

@@ -416,6 +416,42 @@ def test_a_stream_or_a_count_beyond_32_bits_is_refused():
         IntegerNetwork((*head, *pools, *end), SPEC, 2)
 
 
+def test_a_stream_that_only_its_half_step_takes_beyond_32_bits_is_refused():
+    """Doubled to 2**30, then 2**29, 2**28 ... added: 2**31 - 2**12 in all, which 2**23 more does not leave inside."""
+    nodes: list[Node] = [*NODES[:3]]
+    powers = ["bn"]
+    for i in range(18):
+        nodes.append(Add(f"power{i}", powers[-1], powers[-1]))
+        powers.append(f"power{i}")
+    total = powers[-1]
+    for i, power in enumerate(powers[-2::-1]):
+        nodes.append(Add(f"sum{i}", total, power))
+        total = f"sum{i}"
+    tail = [
+        Conv("conv2", "codes", weight(1, 4, 1, 1), 4),
+        bn("bn2", "conv2", 1),
+        lif("lif", "bn2"),
+        Flatten("flat", "lif"),
+        Readout("r", "flat", weight(3, 16), 4, np.zeros(3, int)),
+    ]
+    network = IntegerNetwork((*nodes, Requantize("codes", total, 12, 8), *tail), SPEC, 2)
+    assert network.proof.ranges[total] == (-(2**31) + 2**12, 2**31 - 2**12)
+    with pytest.raises(NetworkError, match=r"'codes'.*half step is beyond 32 bits"):
+        IntegerNetwork((*nodes, Requantize("codes", total, 14, 8), *tail), SPEC, 2)
+
+
+def test_a_readout_whose_input_outgrows_32_bits_over_time_is_refused():
+    nodes = (
+        *NODES[:3],
+        lif("lif", "bn"),
+        SumPool("sum", "lif", 4095, 4095, 4095, 2047),
+        Readout("r", "sum", np.zeros((3, 4), np.int8), 4, np.zeros(3, int)),  # no weight reads it, and still
+    )
+    IntegerNetwork(nodes, SPEC, 128)
+    with pytest.raises(NetworkError, match=r"'r'.*0\.\.16769025 over 129 steps is beyond 32 bits"):
+        IntegerNetwork(nodes, SPEC, 129)
+
+
 def test_what_bounds_a_loaders_memory_is_refused_beyond_its_limit(monkeypatch):
     monkeypatch.setattr(graph, "MAX_ROWS", 4 + 4 + 4 + 5 + 3)
     build()
