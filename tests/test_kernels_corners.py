@@ -1,0 +1,169 @@
+"""Cases that mutants of the C engine showed to be missing: planes of more than 255 pixels, counts of 32 bits at the
+classifier, bands of rows that do not divide the height, and tables with each search of a membrane's code.
+
+tests/mutate_c.py runs these together with those of test_kernels_bit_exact.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_kernels_bit_exact import ENGINES, check
+
+from mdsnn.kernels import native
+from mdsnn.kernels.formats import Grid
+from mdsnn.kernels.network import (
+    Add,
+    BnAffine,
+    Conv,
+    Flatten,
+    InputSpec,
+    InputTable,
+    IntegerNetwork,
+    Lif,
+    Linear,
+    MaxPool,
+    Node,
+    Readout,
+    Requantize,
+    SumPool,
+)
+
+
+def affine(name: str, source: str, channels: int, rng: np.random.Generator, reach: int = 40) -> BnAffine:
+    """Multipliers and offsets that differ from channel to channel."""
+    multiplier = rng.integers(reach // 2, reach, channels) * rng.choice([-1, 1], channels)
+    return BnAffine(name, source, multiplier, rng.integers(-999, 999, channels), rng.integers(0, 4, channels))
+
+
+def lif(
+    name: str,
+    source: str,
+    rng: np.random.Generator,
+    bits: int = 4,
+    spread: int = 600,
+    v_th: int = 200,
+    **options: object,
+) -> Lif:
+    top = 2 ** (bits - 1) - 1
+    decode = np.sort(rng.integers(-400, 400, 2 * top + 1))
+    thresholds = np.sort(rng.integers(-spread, spread, 2 * top))
+    return Lif(name, source, bits, decode, thresholds, v_th, **options)  # type: ignore[arg-type]
+
+
+def close(nodes: list[Node], spec: InputSpec, features: int, timesteps: int, classes: int = 3) -> IntegerNetwork:
+    rng = np.random.default_rng(features)
+    readout = Readout(
+        "readout", nodes[-1].name, rng.integers(-7, 8, (classes, features)), 4, rng.integers(-9, 9, classes)
+    )
+    return IntegerNetwork((*nodes, readout), spec, timesteps, Grid())
+
+
+def head(channels: int, pixels: int, rng: np.random.Generator, *, dense: bool) -> list[Node]:
+    """Pixels, a 1x1 stem and a LIF that always fires if `dense`."""
+    table = np.full((pixels, 256), 100) if dense else rng.integers(-128, 128, (pixels, 256))
+    stem = np.ones((channels, pixels, 1, 1), int) if dense else rng.integers(-7, 8, (channels, pixels, 1, 1))
+    bn = BnAffine("bn", "stem", np.full(channels, 9), np.arange(channels), np.zeros(channels, int))
+    return [InputTable("input", table), Conv("stem", "input", stem, 4), bn, lif("lif", "bn", rng, v_th=0)]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("channels", [5, 20, 70])
+@pytest.mark.parametrize("dense", [True, False], ids=["all fire", "some fire"])
+def test_planes_of_more_pixels_than_a_byte_counts(
+    name: str, channels: int, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts of a channel beyond 255, and sums of 32 bits into the classifier, as they are and flattened."""
+    rng = np.random.default_rng([channels, dense])
+    spec = InputSpec(2, 19, 28)
+    nodes = head(channels, 2, rng, dense=dense)
+    pixels = rng.integers(0, 256, (2, 2, 19, 28), np.uint8)
+    check(close([*nodes, SumPool("sum", "lif", 19, 28)], spec, channels, 2), pixels, name, monkeypatch)
+    flat = [*nodes, SumPool("sum", "lif", 17, 25), Flatten("flat", "sum")]
+    check(close(flat, spec, 3 * 4 * channels, 2), pixels, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("height", "band"), [(5, 2), (7, 3), (4, 3), (6, 6), (3, 1)])
+@pytest.mark.parametrize(("stride", "padding", "bits"), [(1, 1, 4), (2, 0, 8), (2, 2, 6)])
+def test_bands_that_do_not_divide_the_height(
+    name: str, height: int, band: int, stride: int, padding: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of inputs and of outputs, several rows at a time, the last band a short one."""
+    rng = np.random.default_rng([height, band, stride])
+    c_in, c_out, width, steps = 70, 67, 5, 2
+    rows = (height - 1) * stride + 3 - 2 * padding
+    spec = InputSpec(2, rows, width)
+    top = 2 ** (bits - 1) - 1
+    nodes = head(c_in, 2, rng, dense=False)
+    nodes += [Conv("conv", "lif", rng.integers(-top, top + 1, (c_out, c_in, 3, 3)), bits, stride, padding)]
+    nodes += [affine("bn2", "conv", c_out, rng, 4), lif("lif2", "bn2", rng)]
+    across = (width + 2 * padding - 3) // stride + 1
+    monkeypatch.setattr(native, "_LIST_BYTES", 4 * 3 * width * c_in * steps * band)
+    monkeypatch.setattr(native, "_SUM_BYTES", 4 * -(-across * steps // 16) * 16 * 64 * band)
+    network = close([*nodes, Flatten("flat", "lif2")], spec, c_out * height * across, steps)
+    check(network, rng.integers(0, 256, (2, 2, rows, width), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("wide", [False, True], ids=["16-bit stream", "32-bit stream"])
+@pytest.mark.parametrize("kind", ["hard", "soft", "pre_fire"])
+@pytest.mark.parametrize(("bits", "spread"), [(2, 900), (5, 900), (6, 900), (8, 900), (8, 30000)])
+def test_every_search_and_reset(
+    name: str, wide: bool, kind: str, bits: int, spread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few and many thresholds, in a short range and in one too long for a table; steps in passes of three."""
+    rng = np.random.default_rng([wide, bits, spread])
+    channels, steps = 21, 7
+    spec = InputSpec(3, 3, 4)
+    nodes: list[Node] = [InputTable("input", rng.integers(-128, 128, (3, 256)))]
+    nodes += [Conv("stem", "input", rng.integers(-7, 8, (channels, 3, 1, 1)), 4)]
+    nodes += [affine("bn", "stem", channels, rng), lif("first", "bn", rng, 3, v_th=100)]
+    nodes += [Conv("conv", "first", rng.integers(-7, 8, (channels, channels, 3, 3)), 4, 1, 1)]
+    nodes += [affine("bn2", "conv", channels, rng, 60), Add("add", "bn2", "bn")]
+    spread = spread if not wide else spread * 40
+    options: dict[str, object] = {"v_th": spread // 3, "quantize": "pre_fire" if kind == "pre_fire" else "post_reset"}
+    if kind == "soft":
+        options.update(reset="soft", v_soft=spread // 4)
+    elif kind == "pre_fire":
+        options.update(q_th=2 ** (bits - 2) // 2)
+    if wide:  # sums of the stream with itself, until it leaves 16 bits
+        for place in range(6):
+            nodes.append(Add(f"more{place}", nodes[-1].name, nodes[-1].name))
+    nodes += [lif("last", nodes[-1].name, rng, bits, spread, **options)]  # type: ignore[arg-type]
+    nodes += [SumPool("sum", "last", 3, 4)]
+    network = close(nodes, spec, channels, steps)
+    assert (network.proof.ranges["add" if not wide else "more5"][1] > 32767) == wide
+    monkeypatch.setattr(native, "_CHUNK", 3)
+    check(network, rng.integers(0, 256, (2, 3, 3, 4), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("channels", [3, 17, 66])
+def test_pools_with_padding_before_and_after(name: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that hang over all four edges of planes that are no squares, read by convolutions and a linear layer."""
+    rng = np.random.default_rng(channels)
+    spec = InputSpec(2, 6, 9)
+    nodes = head(channels, 2, rng, dense=False)
+    nodes += [MaxPool("max", "lif", 3, 2, 1), SumPool("pool", "lif", 2, 3, 2, 1)]  # (3, 5), and (4, 5)
+    nodes += [
+        Conv("conv_a", "max", rng.integers(-7, 8, (channels, channels, 2, 2)), 4),
+        affine("bn_a", "conv_a", channels, rng),
+    ]
+    nodes += [
+        Conv("conv_b", "pool", rng.integers(-7, 8, (channels, channels, 3, 2)), 4),
+        affine("bn_b", "conv_b", channels, rng, 9),
+    ]
+    nodes += [Add("add", "bn_a", "bn_b"), Requantize("codes", "add", 4, 8)]
+    nodes += [
+        Conv("skip", "codes", rng.integers(-7, 8, (channels, channels, 1, 1)), 4),
+        affine("bn_s", "skip", channels, rng, 4),
+    ]
+    nodes += [Add("out", "add", "bn_s"), lif("last", "out", rng, 5, 900), Flatten("flat", "last")]
+    nodes += [
+        Linear("linear", "flat", rng.integers(-7, 8, (18, 2 * 4 * channels)), 4),
+        affine("bn_l", "linear", 18, rng),
+    ]
+    nodes += [lif("lif_l", "bn_l", rng, 4)]
+    network = close(nodes, spec, 18, 4)
+    check(network, rng.integers(0, 256, (2, 2, 6, 9), np.uint8), name, monkeypatch)
