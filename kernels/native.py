@@ -43,7 +43,7 @@ from .network import (
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 5  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 6  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
@@ -432,6 +432,7 @@ class _Plan:
                     offset=self._pointer("int64_t", node.offset, np.int64),
                     shift=self._pointer("uint8_t", node.shift, np.uint8),
                     wide=int(proof.product_bits[node.name] == 64),
+                    short_product=int(self._short_product(node)),
                     saturation=self.network.grid.saturation,
                 )
             case BnDense():
@@ -567,6 +568,12 @@ class _Plan:
             "work_sums": sums,
             "work_y": y,
         }
+
+    def _short_product(self, node: BnAffine) -> bool:
+        lo, hi = self.network.proof.channel_bounds[node.source]
+        factors = (node.multiplier, lo, hi)
+        narrow = all(-(2**15) < int(factor.min()) and int(factor.max()) < 2**15 for factor in factors)
+        return narrow and self.network.proof.product_bits[node.name] == 32
 
     def _lif(self, node: Lif) -> dict[str, Any]:
         reach = _Reach.of(node, self.network.proof.membranes[node.name])

@@ -28,20 +28,18 @@ static inline NAME(v16) NAME(narrow)(NAME(v32) low, NAME(v32) high)
 #endif
 }
 
-static inline NAME(v16) NAME(clamp16)(NAME(v16) v, int limit)
+/* v inside bottom..top. */
+static inline NAME(v16) NAME(clamp16)(NAME(v16) v, NAME(v16) bottom, NAME(v16) top)
 {
 #if defined(__AVX512BW__)
-    __m512i top = _mm512_set1_epi16((short)limit), bottom = _mm512_set1_epi16((short)-limit);
-    return (NAME(v16))_mm512_min_epi16(_mm512_max_epi16((__m512i)v, bottom), top);
+    return (NAME(v16))_mm512_min_epi16(_mm512_max_epi16((__m512i)v, (__m512i)bottom), (__m512i)top);
 #elif defined(__AVX2__)
-    __m256i top = _mm256_set1_epi16((short)limit), bottom = _mm256_set1_epi16((short)-limit);
-    return (NAME(v16))_mm256_min_epi16(_mm256_max_epi16((__m256i)v, bottom), top);
+    return (NAME(v16))_mm256_min_epi16(_mm256_max_epi16((__m256i)v, (__m256i)bottom), (__m256i)top);
 #elif defined(__SSE2__)
-    __m128i top = _mm_set1_epi16((short)limit), bottom = _mm_set1_epi16((short)-limit);
-    return (NAME(v16))_mm_min_epi16(_mm_max_epi16((__m128i)v, bottom), top);
+    return (NAME(v16))_mm_min_epi16(_mm_max_epi16((__m128i)v, (__m128i)bottom), (__m128i)top);
 #else
     for (int i = 0; i < LANES; i++)
-        v[i] = (int16_t)(v[i] < -limit ? -limit : v[i] > limit ? limit : v[i]);
+        v[i] = v[i] < bottom[i] ? bottom[i] : v[i] > top[i] ? top[i] : v[i];
     return v;
 #endif
 }
@@ -82,82 +80,165 @@ static inline uint8_t *NAME(element)(const view *v, ptrdiff_t size, int y, int x
     return v->at ? v->at + (y * v->row + x * v->pixel + c) * size : 0;
 }
 
+/* What the lanes of a few channels of one row share. */
+typedef struct NAME(lanes) {
+    const frame *f;
+    const mdsnn_op *fire;
+    const NAME(lif_constants_i16) *k;
+    const void *sums; /* the row's first element of these lanes; [pixel][t][64] */
+    const int16_t *y_row;
+    const int16_t *add;
+    int16_t *to;
+    uint8_t *s;
+    int8_t *q;
+    ptrdiff_t add_pixel, add_step, to_pixel, to_step, s_pixel, s_step, plane, at;
+    int steps, wide, lanes, channels, c, affine, short_product, trace, keep;
+    NAME(v32) a0, a1, b0, b1, g0, g1;
+    NAME(v16) bottom, top;
+} NAME(lanes);
+
+/* All steps of `many` pixels from p on. Several at once, since the steps of one pixel wait for each other. The last
+ * arguments are constants of the caller, so that each use is compiled for its own case; `common` says: an affine bn
+ * with short products, a LIF that is lif_common or none, no trace and nothing to keep. */
+static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NAME(lanes) *e, int p, int many,
+                                                                        int common, int adds, int stores, int fires)
+{
+    const int half = LANES / 2;
+    NAME(vec_i16) code[2] = {{0}}, decoded[2] = {{0}};
+    if (fires)
+        for (int j = 0; j < many; j++)
+            decoded[j] = NAME(lif_decoded_i16)(e->f, e->fire, e->k, e->q + (ptrdiff_t)(p + j) * e->channels, e->lanes);
+    for (int t = 0; t < e->steps; t++)
+#pragma GCC unroll 2
+        for (int j = 0; j < many; j++) {
+            ptrdiff_t i = ((ptrdiff_t)(p + j) * e->steps + t) * BLOCK;
+            NAME(v16) v;
+            if (common || e->affine) {
+                NAME(v32) low = NAME(load_sums)(e->sums, e->wide, i), high = NAME(load_sums)(e->sums, e->wide, i + half);
+                if (common || e->short_product) { /* half the work of a product of 32 bits */
+                    low = NAME(multiply_pairs)((NAME(v16))low, (NAME(v16))e->a0);
+                    high = NAME(multiply_pairs)((NAME(v16))high, (NAME(v16))e->a1);
+                } else {
+                    low *= e->a0;
+                    high *= e->a1;
+                }
+                v = NAME(narrow)((low + e->b0) >> e->g0, (high + e->b1) >> e->g1);
+                v = NAME(clamp16)(v, e->bottom, e->top);
+            } else {
+                memcpy(&v, e->y_row + i, sizeof v);
+            }
+            if (adds) {
+                NAME(v16) addend;
+                memcpy(&addend, e->add + (p + j) * e->add_pixel + t * e->add_step, sizeof addend);
+                v = (NAME(v16))((NAME(u16))v + (NAME(u16))addend);
+            }
+            if (stores)
+                memcpy(e->to + (p + j) * e->to_pixel + t * e->to_step, &v, sizeof v);
+            if (fires) {
+                NAME(vec_i16) h = (NAME(vec_i16))((NAME(u16))v + (NAME(u16))decoded[j]);
+                NAME(vec_i16) fired = NAME(lif_fire_i16)(e->fire, e->k, common, h, &code[j], &decoded[j]);
+                NAME(bytes_i16) narrow = __builtin_convertvector(fired, NAME(bytes_i16));
+                narrow = (NAME(bytes_i16))(narrow & 1);
+                memcpy(e->s + (p + j) * e->s_pixel + t * e->s_step, &narrow, sizeof narrow);
+                if (!common && e->trace) {
+                    NAME(bytes_i16) codes = __builtin_convertvector(code[j], NAME(bytes_i16));
+                    NAME(lif_trace_i16)(e->f, e->fire, e->plane, e->at + p + j, e->channels, e->c, e->lanes, t,
+                                        (const int16_t *)&h, (const int8_t *)&narrow, (const int8_t *)&codes);
+                }
+            }
+        }
+    if (!common && fires && e->keep)
+        for (int j = 0; j < many; j++) {
+            NAME(bytes_i16) narrow = __builtin_convertvector(code[j], NAME(bytes_i16));
+            memcpy(e->q + (ptrdiff_t)(p + j) * e->channels, &narrow, (size_t)e->lanes);
+        }
+}
+
+static inline __attribute__((always_inline)) void NAME(epilogue_row)(const NAME(lanes) *e, int pixels, int common,
+                                                                     int adds, int stores, int fires)
+{
+    int p = 0;
+    for (; p + 2 <= pixels; p += 2)
+        NAME(epilogue_pixels)(e, p, 2, common, adds, stores, fires);
+    if (p < pixels)
+        NAME(epilogue_pixels)(e, p, 1, common, adds, stores, fires);
+}
+
 /* One block of 64 outputs of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide; y_row: room for them
  * in int16, for a bn that is not an affine one of 32 bits. */
-APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k, const void *sums,
-                           int wide, int16_t *y_row, int y, int x, int pixels, int block)
+APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k,
+                                 const void *sums, int wide, int16_t *y_row, int y, int x, int pixels, int block)
 {
     const mdsnn_op *bn = op->bn, *fire = op->fire;
     int steps = steps_of(f, op), first = block * BLOCK;
     int channels = f->plan->values[fire ? fire->out : op->out].channels;
     int here = channels - first < BLOCK ? channels - first : BLOCK;
-    int affine = bn->kind == MDSNN_BN_AFFINE && !bn->wide;
-    if (!affine)
-        NAME(bn_slow)(bn, sums, wide, (ptrdiff_t)pixels * steps, first, here, y_row);
+    const int adds = op->other >= 0, stores = op->out >= 0, fires = fire != 0;
     view other = {0}, out = {0}, spikes = {0};
-    ptrdiff_t plane = 0, at = 0;
-    int8_t *q = 0;
-    if (op->other >= 0)
+    NAME(lanes) e;
+    memset(&e, 0, sizeof e);
+    e.affine = bn->kind == MDSNN_BN_AFFINE && !bn->wide;
+    if (!e.affine)
+        NAME(bn_slow)(bn, sums, wide, (ptrdiff_t)pixels * steps, first, here, y_row);
+    if (adds)
         other = view_of(f, op->other);
-    if (op->out >= 0)
+    if (stores)
         out = view_of(f, op->out);
-    if (fire) {
+    if (fires) {
         spikes = view_of(f, fire->out);
-        plane = (ptrdiff_t)spikes.height * spikes.width;
-        at = (ptrdiff_t)y * spikes.width + x;
-        q = (int8_t *)f->state + fire->state + at * channels + first;
+        e.plane = (ptrdiff_t)spikes.height * spikes.width;
+        e.at = (ptrdiff_t)y * spikes.width + x;
     }
+    e.f = f;
+    e.fire = fire;
+    e.k = k;
+    e.add_pixel = other.pixel;
+    e.add_step = other.step;
+    e.to_pixel = out.pixel;
+    e.to_step = out.step;
+    e.s_pixel = spikes.pixel;
+    e.s_step = spikes.step;
+    e.steps = steps;
+    e.wide = wide;
+    e.channels = channels;
+    e.short_product = bn->short_product;
+    e.trace = f->call->trace_h != 0;
+    e.keep = f->keep;
+    e.top = (NAME(v16)){0} + (int16_t)bn->saturation;
+    e.bottom = -e.top;
+    const int common = e.affine && e.short_product && !e.trace && !e.keep && (!fires || NAME(lif_common_i16)(fire));
     for (int c = 0; c < here; c += LANES) {
-        int lanes = here - c < LANES ? here - c : LANES, half = LANES / 2;
-        NAME(v32) a[2], b[2], g[2];
-        if (affine)
-            for (int i = 0; i < 2; i++) {
-                memcpy(&a[i], bn->multiplier + first + c + i * half, sizeof a[i]);
-                memcpy(&b[i], bn->offset_32 + first + c + i * half, sizeof b[i]);
-                memcpy(&g[i], bn->shift_32 + first + c + i * half, sizeof g[i]);
-            }
-        for (int p = 0; p < pixels; p++) {
-            const int16_t *add = (const int16_t *)NAME(element)(&other, 2, y, x + p, first + c);
-            int16_t *to = (int16_t *)NAME(element)(&out, 2, y, x + p, first + c);
-            uint8_t *s = NAME(element)(&spikes, 1, y, x + p, first + c);
-            NAME(vec_i16) code = {0}, decoded = {0};
-            if (fire)
-                decoded = NAME(lif_decoded_i16)(f, fire, k, q + (ptrdiff_t)p * channels + c, lanes);
-            for (int t = 0; t < steps; t++) {
-                ptrdiff_t i = ((ptrdiff_t)p * steps + t) * BLOCK + c;
-                NAME(v16) v;
-                if (affine) {
-                    NAME(v32) low = (a[0] * NAME(load_sums)(sums, wide, i) + b[0]) >> g[0];
-                    NAME(v32) high = (a[1] * NAME(load_sums)(sums, wide, i + half) + b[1]) >> g[1];
-                    v = NAME(clamp16)(NAME(narrow)(low, high), bn->saturation);
-                } else {
-                    memcpy(&v, y_row + i, sizeof v);
-                }
-                if (op->other >= 0) {
-                    NAME(v16) addend;
-                    memcpy(&addend, add + t * other.step, sizeof addend);
-                    v = (NAME(v16))((NAME(u16))v + (NAME(u16))addend);
-                }
-                if (op->out >= 0)
-                    memcpy(to + t * out.step, &v, sizeof v);
-                if (fire) {
-                    NAME(vec_i16) h = (NAME(vec_i16))((NAME(u16))v + (NAME(u16))decoded);
-                    NAME(vec_i16) fired = NAME(lif_fire_i16)(fire, k, h, &code, &decoded);
-                    NAME(bytes_i16) narrow = __builtin_convertvector(fired, NAME(bytes_i16));
-                    narrow = (NAME(bytes_i16))(narrow & 1);
-                    memcpy(s + t * spikes.step, &narrow, sizeof narrow);
-                    if (f->call->trace_h) {
-                        NAME(bytes_i16) codes = __builtin_convertvector(code, NAME(bytes_i16));
-                        NAME(lif_trace_i16)(f, fire, plane, at + p, channels, first + c, lanes, t,
-                                            (const int16_t *)&h, (const int8_t *)&narrow, (const int8_t *)&codes);
-                    }
-                }
-            }
-            if (fire && f->keep) {
-                NAME(bytes_i16) narrow = __builtin_convertvector(code, NAME(bytes_i16));
-                memcpy(q + (ptrdiff_t)p * channels + c, &narrow, (size_t)lanes);
+        e.c = first + c;
+        e.lanes = here - c < LANES ? here - c : LANES;
+        e.sums = wide ? (const void *)((const int32_t *)sums + c) : (const void *)((const int16_t *)sums + c);
+        e.y_row = y_row + c;
+        e.add = (const int16_t *)NAME(element)(&other, 2, y, x, e.c);
+        e.to = (int16_t *)NAME(element)(&out, 2, y, x, e.c);
+        e.s = NAME(element)(&spikes, 1, y, x, e.c);
+        e.q = fires ? (int8_t *)f->state + fire->state + e.at * channels + e.c : 0;
+        if (e.affine) {
+            memcpy(&e.a0, bn->multiplier + e.c, sizeof e.a0);
+            memcpy(&e.a1, bn->multiplier + e.c + LANES / 2, sizeof e.a1);
+            memcpy(&e.b0, bn->offset_32 + e.c, sizeof e.b0);
+            memcpy(&e.b1, bn->offset_32 + e.c + LANES / 2, sizeof e.b1);
+            memcpy(&e.g0, bn->shift_32 + e.c, sizeof e.g0);
+            memcpy(&e.g1, bn->shift_32 + e.c + LANES / 2, sizeof e.g1);
+            if (e.short_product) { /* as pairs of 16 bits: the multiplier and 0 */
+                e.a0 &= 0xFFFF;
+                e.a1 &= 0xFFFF;
             }
         }
+        const NAME(lanes) fixed = e; /* a copy the stores below cannot change, so that it may stay in registers */
+        if (common && fires && !adds && !stores)
+            NAME(epilogue_row)(&fixed, pixels, 1, 0, 0, 1);
+        else if (common && fires && adds && stores)
+            NAME(epilogue_row)(&fixed, pixels, 1, 1, 1, 1);
+        else if (common && fires && adds)
+            NAME(epilogue_row)(&fixed, pixels, 1, 1, 0, 1);
+        else if (common && !fires && !adds)
+            NAME(epilogue_row)(&fixed, pixels, 1, 0, 1, 0);
+        else
+            NAME(epilogue_row)(&fixed, pixels, 0, adds, stores, fires);
     }
 }
 

@@ -57,11 +57,27 @@ static inline int32_t STREAM_NAME(lif_code)(const mdsnn_op *op, int32_t u)
     return op->code_first + from;
 }
 
-static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
-                                           STREAM_NAME(vec) u, STREAM_NAME(vec) *q, STREAM_NAME(vec) *decoded)
+/* Whether a LIF is one that lif_fire has a short way for: hard reset, post_reset, thresholds few or in buckets. */
+static inline int STREAM_NAME(lif_common)(const mdsnn_op *op)
+{
+    if (op->pre_fire || op->soft)
+        return 0;
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+    return op->buckets;
+#else
+    return op->search == MDSNN_COMPARE && op->thresholds < 16;
+#endif
+}
+
+/* Codes of u, and what they decode to. `common` is a constant of the caller: 1 says lif_common. */
+static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const mdsnn_op *op,
+                                                                          const STREAM_NAME(lif_constants) *k,
+                                                                          int common, STREAM_NAME(vec) u,
+                                                                          STREAM_NAME(vec) *q,
+                                                                          STREAM_NAME(vec) *decoded)
 {
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-    if (op->buckets) {
+    if (common || op->buckets) {
         __m512i i = _mm512_sra_epi16(_mm512_sub_epi16((__m512i)u, k->bucket_base), k->bucket_shift);
         i = _mm512_min_epi16(_mm512_max_epi16(i, _mm512_setzero_si512()), _mm512_set1_epi16(MDSNN_BUCKETS - 1));
         __mmask32 reached = _mm512_cmpge_epi16_mask((__m512i)u, _mm512_permutexvar_epi16(i, k->bucket_threshold));
@@ -72,7 +88,7 @@ static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME
     }
 #endif
 #if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
-    if (op->search == MDSNN_COMPARE && op->thresholds < 16) {
+    if (common || (op->search == MDSNN_COMPARE && op->thresholds < 16)) {
         STREAM_NAME(vec) index = {0};
         for (int j = 0; j < op->thresholds; j++)
             index -= (STREAM_NAME(vec))(u > k->below[j]);
@@ -84,7 +100,7 @@ static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME
         return;
     }
 #endif
-    if (op->search == MDSNN_COMPARE) {
+    if (common || op->search == MDSNN_COMPARE) {
         STREAM_NAME(vec) code = k->code_first;
         STREAM_NAME(uvec) sum = (STREAM_NAME(uvec))k->decode_first;
         for (int j = 0; j < op->thresholds; j++) {
@@ -108,24 +124,24 @@ static inline void STREAM_NAME(lif_search)(const mdsnn_op *op, const STREAM_NAME
 }
 
 /* From h to the spikes (-1 or 0 a lane), the codes to keep, and what they decode to. */
-static inline STREAM_NAME(vec) STREAM_NAME(lif_fire)(const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
-                                                     STREAM_NAME(vec) h, STREAM_NAME(vec) *code,
-                                                     STREAM_NAME(vec) *decoded)
+static inline __attribute__((always_inline)) STREAM_NAME(vec)
+    STREAM_NAME(lif_fire)(const mdsnn_op *op, const STREAM_NAME(lif_constants) *k, int common, STREAM_NAME(vec) h,
+                          STREAM_NAME(vec) *code, STREAM_NAME(vec) *decoded)
 {
     STREAM_NAME(vec) fired, u;
-    if (op->pre_fire) {
-        STREAM_NAME(lif_search)(op, k, h, code, decoded);
+    if (!common && op->pre_fire) {
+        STREAM_NAME(lif_search)(op, k, 0, h, code, decoded);
         fired = (STREAM_NAME(vec))(*code > k->q_th);
         *code &= ~fired;
         *decoded = (*decoded & ~fired) | (k->decode_zero & fired);
         return fired;
     }
     fired = (STREAM_NAME(vec))(h > k->v_th);
-    if (op->soft)
+    if (!common && op->soft)
         u = (STREAM_NAME(vec))((STREAM_NAME(uvec))h - (STREAM_NAME(uvec))(fired & k->v_soft));
     else
         u = h & ~fired;
-    STREAM_NAME(lif_search)(op, k, u, code, decoded);
+    STREAM_NAME(lif_search)(op, k, common, u, code, decoded);
     return fired;
 }
 
@@ -167,7 +183,7 @@ static inline void STREAM_NAME(lif_lanes)(const frame *f, const mdsnn_op *op, co
         STREAM_NAME(vec) h = {0}, fired;
         memcpy(&h, x + t * x_step + c, (size_t)lanes * sizeof(STREAM));
         h = (STREAM_NAME(vec))((STREAM_NAME(uvec))h + (STREAM_NAME(uvec))decoded);
-        fired = STREAM_NAME(lif_fire)(op, k, h, &code, &decoded);
+        fired = STREAM_NAME(lif_fire)(op, k, 0, h, &code, &decoded);
         narrow = __builtin_convertvector(fired, STREAM_NAME(bytes));
         narrow = (STREAM_NAME(bytes))(narrow & 1);
         memcpy(s + t * s_step + c, &narrow, (size_t)lanes);

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 5 };
+enum mdsnn_version { MDSNN_CONTRACT = 6 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -78,6 +78,7 @@ typedef struct mdsnn_op {
     const int64_t *start;
     int32_t wide;          /* 1: multiplier*acc + offset needs 64 bits */
     int32_t saturation;
+    int32_t short_product; /* 1: every multiplier and accumulator fits 16 bits, and the sum 32 */
     /* requantize: clip((x + 2**(bits_shift - 1)) >> bits_shift, -top, top) */
     int32_t bits_shift, top;
     /* lif; the thresholds that no reachable u lies on either side of are left out */

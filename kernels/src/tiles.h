@@ -17,6 +17,7 @@
  */
 
 #define TILE 16
+#define AHEAD 4 /* tiles of weights to fetch ahead */
 #define FENCE() __asm__ volatile("" ::: "memory")
 
 typedef struct NAME(tiles) {
@@ -66,6 +67,14 @@ APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in,
         if (y % stride >= op->kernel_height)
             continue; /* between the windows */
         int from_y = y - op->padding, inside = from_y >= 0 && from_y < in->height;
+        if (stride == 1 && in->pitch == g.pitch && inside && columns == in->width + 2 * op->padding) {
+            size_t side = (size_t)(op->padding * steps * g.pitch), middle = (size_t)(in->width * steps * g.pitch);
+            uint8_t *at = to + y * g.row;
+            memset(at, 0, side);
+            memcpy(at + side, in->at + from_y * in->row, middle);
+            memset(at + side + middle, 0, side);
+            continue;
+        }
         for (int class = 0; class < classes; class++)
             for (int column = 0; column < columns; column++) {
                 uint8_t *at = to + y * g.row + class * g.class + column * steps * g.pitch;
@@ -93,10 +102,13 @@ static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, co
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int ky = 0; ky < op->kernel_height; ky++)
+    for (int ky = 0; ky < op->kernel_height; ky++) {
+        int class = 0, column = 0;
         for (int kx = 0; kx < op->kernel_width; kx++) {
-            ptrdiff_t tap = ky * g->row + kx % op->stride * g->class + kx / op->stride * g->steps * g->pitch;
+            ptrdiff_t tap = ky * g->row + class * g->class + column * g->steps * g->pitch;
             for (ptrdiff_t i = tap; i < tap + g->pitch; i += BLOCK, weights += TILE * BLOCK) {
+                for (int line = 0; line < TILE; line++) /* a large layer's weights come from L3; beyond them: no harm */
+                    _mm_prefetch((const char *)weights + (AHEAD * TILE + line) * BLOCK, _MM_HINT_T0);
                 _tile_loadd(4, weights, BLOCK);
                 _tile_loadd(5, from[0] + i, g->pitch);
                 _tile_dpbssd(0, 5, 4);
@@ -107,7 +119,12 @@ static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, co
                 _tile_loadd(5, from[3] + i, g->pitch);
                 _tile_dpbssd(3, 5, 4);
             }
+            if (++class == op->stride) {
+                class = 0;
+                column++;
+            }
         }
+    }
 }
 
 /* sums [row][x, t up to whole tiles][64] of `rows` output rows from y on, for one block of outputs. */
@@ -137,3 +154,4 @@ APART static void NAME(tiles_band)(const mdsnn_op *op, const NAME(tiles) *g, int
 
 #undef FENCE
 #undef TILE
+#undef AHEAD
