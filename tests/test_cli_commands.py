@@ -174,6 +174,9 @@ def test_bench_times_nothing_that_differs(monkeypatch: pytest.MonkeyPatch) -> No
     assert outcome.code == 1
     assert "differ from the NumPy reference: native; nothing was timed" in outcome.out
     assert "ms/image" not in outcome.out
+    found = document(call("bench", files().artifact, "--data", files().npy, "--json").out, "mdsnn.bench/1")
+    assert found["rows"] == []
+    assert found["differs"] == ["native"]
 
 
 def test_report_and_chips(tmp_path: Path) -> None:
@@ -286,6 +289,9 @@ def test_unknown_words_get_a_suggestion() -> None:
     assert_one_line(call("train", "--set", "epoch=3"), 2, "epoch", "Did you mean 'epochs'?")
     assert_one_line(call("train", "--data", "digit"), 2, "Did you mean 'digits'?")
     assert_one_line(call("train", "--set", "data=digits"), 2, "--data")
+    endless = call("train", "--set", "taps=" + "[" * 100_000)
+    assert_one_line(endless, 2, "taps")
+    assert len(endless.err) < 3000
     assert_one_line(call("info", "a", "--json=out.txt"), 2, "'out.txt' does not end in .json")
 
 

@@ -89,12 +89,14 @@ def verify(path: Path, *words: object) -> Outcome:
 
 
 @pytest.mark.parametrize("change", CASES, ids=lambda change: change.__name__)
-def test_one_changed_constant_is_found_and_named(change: object, tmp_path: Path) -> None:
+def test_one_changed_constant_is_found_and_named(
+    change: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node, layer = CASES[change]  # type: ignore[index]
     network, field = change(artifact.load(files().affine))  # type: ignore[operator]
-    path = tmp_path / "changed.mdsnn"
-    artifact.save(network, path)
-    outcome = verify(path, "--executors", "torch,reference,native", "--save-dir", tmp_path / "found")
+    artifact.save(network, tmp_path / "changed.mdsnn")
+    monkeypatch.chdir(tmp_path)  # the script must find the artifact from anywhere
+    outcome = verify(Path("changed.mdsnn"), "--executors", "torch,reference,native", "--save-dir", "found")
     assert outcome.code == 1, outcome
     assert not outcome.errors
     states = dict(line.split()[:2] for line in outcome.out.splitlines()[1:4])

@@ -88,10 +88,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+_LONGEST = 2000
+"""Characters of an error line; only what a user typed can make one longer."""
+
+
 def _fail(message: str, code: int) -> int:
     for line in printable(message).split("\n"):
         if line.strip():
-            click.echo(f"mdsnn: error: {line}", err=True)
+            click.echo(f"mdsnn: error: {line if len(line) <= _LONGEST else line[:_LONGEST] + ' ...'}", err=True)
     return code
 
 
