@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -93,6 +94,15 @@ def signed_header(entries: dict[str, Any], document: Any, key: str, data: bytes 
         return (text + " " * (-len(text) % 8)).encode("ascii")
 
     return forge(header(hashlib.sha256(padded(header("")) + data).hexdigest()), data)
+
+
+def signed_text(text: str, data: bytes) -> bytes:
+    """A file of a header in any spelling, with the digest in it made to fit the text as it is written."""
+    blank = re.sub(r'(\\"sha256\\":\\")[0-9a-f]*(\\")', r"\1\2", text)
+    padded = blank.rstrip(" ").encode("ascii")
+    padded += b" " * (-len(padded) % 8)
+    digest = hashlib.sha256(padded + data).hexdigest()
+    return forge(re.sub(r'(\\"sha256\\":\\")(\\")', rf"\g<1>{digest}\g<2>", blank), data)
 
 
 # ------------------------------------------------------------------------------------------------------ mutants

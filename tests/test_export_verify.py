@@ -226,7 +226,8 @@ def test_a_difference_in_logits_alone_is_named_so():
 
 @pytest.mark.parametrize("coding", ["image", "events"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 50])
-def test_the_sample_is_its_index_in_the_data_whatever_the_batch(coding, batch):
+@pytest.mark.parametrize("of_logits", [True, False])
+def test_the_sample_is_its_index_in_the_data_whatever_the_batch(coding, batch, of_logits):
     seed = next(s for s in range(99) if seeded_case(s, **LIMITS)[0].input.coding == coding)
     network, pixels = seeded_case(seed, max_channels=6, max_timesteps=3, samples=5)
     shape = pixels.shape
@@ -237,11 +238,16 @@ def test_the_sample_is_its_index_in_the_data_whatever_the_batch(coding, batch):
     def off_at_sample_3(part: np.ndarray) -> Trace:
         trace = reference(network)(part)
         start, calls[0] = calls[0], calls[0] + part.shape[-4]
-        logits = trace.logits.copy()
-        if start <= 3 < calls[0]:
+        lifs, logits = dict(trace.lifs), trace.logits.copy()
+        if start <= 3 < calls[0] and where == "logits":
             logits[3 - start] += 1
-        return Trace(trace.lifs, logits)
+        elif start <= 3 < calls[0]:
+            h = trace.lifs[where].h.copy()
+            h[-1, 3 - start] += 1
+            lifs[where] = replace(trace.lifs[where], h=h)
+        return Trace(lifs, logits)
 
+    where = "logits" if of_logits else network.lifs[0].name
     ticks: list[tuple[int, int]] = []
     outcome = verify(
         network,
@@ -252,7 +258,9 @@ def test_the_sample_is_its_index_in_the_data_whatever_the_batch(coding, batch):
     )
     assert outcome.first is not None
     assert outcome.first.sample == 3
-    assert outcome.differing == network.classes
+    assert outcome.first.layer == where
+    size = network.classes if of_logits else int(np.prod(network.proof.shapes[where]))
+    assert outcome.differing == size
     assert ticks == [(min(at + batch, 5), 5) for at in range(0, 5, batch)]
     assert outcome.comparisons["good"].classes.tolist() == np.argmax(good.logits, axis=1).tolist()
     sizes = sum(getattr(lif, x).size for lif in good.lifs.values() for x in "hsq") + good.logits.size
@@ -391,8 +399,16 @@ def test_ctrl_c_in_an_executor_is_no_failure_of_it():
         verify(network, {"a": interrupted}, pixels)
 
 
-def test_an_executor_that_writes_to_its_pixels_spoils_nothing():
-    network, pixels = seeded_case(3, **LIMITS)
+@pytest.mark.parametrize("coding", ["image", "events"])
+def test_an_executor_that_writes_to_its_pixels_spoils_nothing(coding):
+    for seed in range(200):
+        network, pixels = seeded_case(seed, **LIMITS)
+        blank = reference(network)(np.zeros_like(pixels)).lifs
+        seen = reference(network)(pixels).lifs
+        if network.input.coding == coding and any(not np.array_equal(blank[n].h, seen[n].h) for n in seen):
+            break
+    else:
+        raise AssertionError("no network looks at its pixels")
     before = pixels.copy()
 
     def vandal(part: np.ndarray) -> Trace:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hostile import forge, signed_header
+from hostile import forge, signed_header, signed_text
 from mdsnn.kernels import container
 from mdsnn.kernels.container import canonical_json, pack, unpack
 from mdsnn.kernels.errors import ArtifactError, CheckpointError
@@ -164,6 +164,16 @@ def test_another_spelling_of_the_same_content_is_refused(text):
     assert text != HEADER
     with pytest.raises(ArtifactError, match=r"canonical|padding|sha256"):
         unpack(forge(text, DATA), KEY, "x")
+    with pytest.raises(ArtifactError, match=r"canonical|padding|not JSON|a list of integers"):  # though its digest fits
+        unpack(signed_text(text, DATA), KEY, "x")
+
+
+def test_a_second_key_of_metadata_is_refused_though_signed():
+    refused(
+        signed_text(HEADER.replace('"__metadata__":{', '"__metadata__":{"a":"b",'), DATA),
+        "must hold 'mdsnn.test' alone",
+    )
+    assert signed_text(HEADER, DATA) == GOOD
 
 
 @pytest.mark.parametrize(

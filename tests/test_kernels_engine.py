@@ -154,6 +154,25 @@ def test_a_trace_has_the_shapes_and_dtypes_it_says():
     assert run(network, pixels, kernels="reference").trace is None
 
 
+@pytest.mark.parametrize("coding", CODINGS)
+def test_what_is_the_same_at_every_step_is_computed_once(monkeypatch, coding):
+    network, pixels = case(coding)
+    calls: list[np.ndarray] = []
+    real = reference.conv2d
+
+    def count(x: Any, weight: Any, *options: Any) -> Any:
+        calls.append(weight)
+        return real(x, weight, *options)
+
+    monkeypatch.setattr(reference, "conv2d", count)
+    run(network, pixels, kernels="reference", threads=1)
+    for node in network.nodes:
+        if isinstance(node, Conv):
+            once = 1 if network.proof.static[node.name] else network.timesteps
+            assert sum(weight is node.weight for weight in calls) == once
+    assert calls
+
+
 def test_ties_of_logits_go_to_the_lowest_class():
     activity = engine.Activity(3, {}, {}, {})
     logits = np.array([[5, 5, 5], [1, 7, 7], [-3, -9, -3]], np.int32)

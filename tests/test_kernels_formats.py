@@ -242,6 +242,14 @@ def test_affine_constants_are_exact_and_their_shift_is_the_largest(scale, bias, 
         assert affine.rounding == (grid.saturation + abs(bias) * grid.one) / (2.0 * abs(a))
 
 
+@pytest.mark.parametrize(("below_limit", "g"), [(1, 4), (0, 3)])
+def test_the_shift_falls_exactly_where_the_product_reaches_2_to_the_31(below_limit, g):
+    bias = (2**31 - 2**3 - below_limit) / 2 ** (9 + 4)  # at g = 4, B = 2**31 - below_limit
+    affine = formats.affine_constants([0.0], [bias], [0], [9], Grid())
+    assert affine.shift[0] == g
+    assert below_limit == 0 or affine.offset[0] == 2**31 - 1
+
+
 @given(st.floats(-0.2, 0.2), st.floats(-2.0, 2.0), st.integers(1, 200))
 @settings(max_examples=60)
 def test_the_affine_form_is_within_its_stated_rounding_of_the_real_one(scale, bias, reach):

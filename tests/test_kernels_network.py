@@ -364,18 +364,22 @@ def test_limits_hold_at_their_very_ends():
 
 
 def test_the_running_sum_is_proven_before_the_bias_comes():
-    """All positive products with a bias that brings the end back: the sum without it must fit as well."""
-    features, steps = 2**18, 256
-    nodes = (
-        InputTable("input", image_table([0.5], [0.25])),
-        Conv("conv", "input", np.full((1, 1, 1, 1), 1), 4),
-        bn("bn", "conv", 1),
-        lif("lif", "bn"),
-        Flatten("flat", "lif"),
-        Readout("readout", "flat", np.full((1, features), 127), 8, np.array([-(2**31) + 1])),
-    )
-    with pytest.raises(NetworkError, match="logits reach"):
-        IntegerNetwork(nodes, InputSpec(1, 512, 512), steps)
+    """258**2 spikes of weight 127 over 256 steps pass 2**31; a bias of -2**30 brings them back, but it comes last."""
+
+    def network(side: int) -> IntegerNetwork:
+        nodes = (
+            InputTable("input", image_table([0.5], [0.25])),
+            Conv("conv", "input", np.full((1, 1, 1, 1), 1), 4),
+            bn("bn", "conv", 1),
+            lif("lif", "bn"),
+            Flatten("flat", "lif"),
+            Readout("readout", "flat", np.full((1, side**2), 127), 8, np.array([-(2**30)])),
+        )
+        return IntegerNetwork(nodes, InputSpec(1, side, side), 256)
+
+    assert network(257).proof.ranges["readout"] == (-(2**30), 127 * 257**2 * 256)
+    with pytest.raises(NetworkError, match=r"'readout'.*logits reach.*beyond 32 bits"):
+        network(258)
 
 
 def test_an_accumulator_beyond_32_bits_is_refused():
