@@ -2,7 +2,8 @@
 
 Operators, constants, names, conditions, the arms of a conditional, and whole statements, in functions and in the bodies
 of macros; comments, strings and other lines of the preprocessor are left alone. Left out because every test would see
-them, or none could: `++`, members of structures, and the boundary of a comparison that picks one of its two sides.
+them, or none could: `++`, members of structures, `{0}`, more room in an array, and the boundary of a comparison that
+picks one of its two sides.
 
 The code is read as this project writes it (clang-format's blanks tell a product from a pointer); it is no parser of C.
 """
@@ -24,9 +25,9 @@ _SIGNS_TABLE = """
 & |; | &; ^ &; += -= =; -= += =; *= =; |= &= =; &= |= =; ~; !
 """
 _NAMES_TABLE = """
-x y; y x; kx ky; ky kx; from_x from_y; from_y from_x; row pixel; pixel step; step pixel; pitch channels; channels pitch;
-height width; width height; kernel_height kernel_width; kernel_width kernel_height; in out; out in; ins outs; outs ins;
-low high; high low; from to; start end; first second; second first; source other; other source; steps rows; rows steps
+x y; y x; kx ky; ky kx; from_x from_y; from_y from_x; row pixel; pixel step; step pixel; height width; width height;
+kernel_height kernel_width; kernel_width kernel_height; ins outs; outs ins; low high; high low; from to; start end;
+first second; second first; source other; other source; steps rows; rows steps
 """
 
 
@@ -66,7 +67,8 @@ class Mutation:
         last = len(text) if last < 0 else last
         before = text[first:last]
         after = text[first : self.start] + self.new + text[self.end : last]
-        return text.count("\n", 0, self.start) + 1, *(re.sub(r"[\s\\]+", " ", part).strip() for part in (before, after))
+        before, after = (re.sub(r"[\s\\]+", " ", part).strip() for part in (before, after))
+        return text.count("\n", 0, self.start) + 1, before, after
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,12 @@ def _mutations_in(file: str, text: str, tokens: list[_Token]) -> Iterator[Mutati
         elif token.kind == "number":
             digits = token.text.rstrip("uUlL")
             suffix, value = token.text[len(digits) :], int(digits, 0)
-            for other in (value + 1, value - 1):
-                if other >= 0:
-                    new = hex(other) if digits[:2] in ("0x", "0X") else str(other)
+            if before.text == "{" and after.text == "}":
+                continue  # {0}: all of it is 0
+            room = before.text == "[" and after.text == "]" and _declares(_statement(tokens, i))
+            for near in (value - 1,) if room else (value + 1, value - 1):  # more room changes nothing
+                if near >= 0:
+                    new = hex(near) if digits[:2] in ("0x", "0X") else str(near)
                     yield change(i, i, new + suffix, "constant")
         elif token.kind == "name":
             declared = (before.kind == "name" and before.text not in ("return", "case", "else")) or (
@@ -247,6 +252,14 @@ def _declares(tokens: list[_Token]) -> bool:
     while at < len(tokens) and tokens[at].text == "*":
         at += 1
     return tokens[0].kind == "name" and at < len(tokens) and tokens[at].kind == "name"
+
+
+def _statement(tokens: list[_Token], at: int) -> list[_Token]:
+    """The statement that holds the token at `at`, up to there."""
+    begin = at
+    while begin and tokens[begin - 1].text not in (";", "{", "}"):
+        begin -= 1
+    return tokens[begin:at]
 
 
 def _in_declaration(tokens: list[_Token], at: int) -> bool:

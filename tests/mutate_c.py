@@ -2,10 +2,11 @@
 
 A mutant is the C engine with one small change: `<` for `<=`, a constant off by one, a statement left out, `x` for `y`.
 Each is compiled at -O1 for the base instruction set and run through the networks of test_kernels_bit_exact.py and
-test_kernels_corners.py (every test there that calls `check`), comparing whole traces, logits and counts, of a run and of a stream, in memory with
-watched bytes around every value. A mutant that differs, writes elsewhere, crashes or hangs is killed; one that nobody
-notices is a case the tests lack, or is equivalent: the same function in other words. Those whose machine code is that
-of the original are left out before they are counted; others that were examined by hand stand in
+test_kernels_corners.py (every test there that calls `check`), comparing whole traces, logits and counts, of a run and
+of a stream, in memory with watched bytes around every value. A mutant that differs, writes elsewhere, crashes or hangs
+is killed. Those that survive run once more compiled with UBSan, as tests/sanitize.py does with the original. One that
+nobody notices is a case the tests lack, or is equivalent: the same function in other words. Those whose machine code is
+that of the original are left out before they are counted; others that were examined by hand stand in
 tests/mutation/equivalent.json, each with its reason.
 
 Writes docs/mutation.md with --write. Exit status 1 if the score is under --min. Not a test file; needs gcc.
@@ -52,7 +53,12 @@ HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "mutation.md"
 EQUIVALENT = HERE / "mutation" / "equivalent.json"
 FLAGS = ("-std=c11", "-O1", "-fPIC", "-w")
-BUILDS = {"base": {"run.c": ("__x86_64__",)}, "portable": {"": ("__x86_64__", "__SSE2__")}}
+CHECKED = ("-fsanitize=undefined,bounds-strict", "-fsanitize-undefined-trap-on-error")
+"""More flags for a mutant that survives: it runs once more where undefined behaviour and wrong indices trap."""
+BUILDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "base": {"run.c": ("__x86_64__",)},
+    "portable": {"": ("__x86_64__", "__SSE2__")},
+}
 """Build -> file ("" for all) -> macros of the compiler that it must not see."""
 MODULE = "mdsnn_mutated"
 SUITES = ("test_kernels_bit_exact", "test_kernels_corners")
@@ -443,12 +449,15 @@ def judge(job: tuple[str, Mutation]) -> Verdict:
         if same:
             return Verdict("same", "-O1")
         verdict = run_mutant(link(folder, units_of()))
-        if verdict.status == "survived" and all(
-            compile_unit(folder, unit, released_flags()) == original.released[build, unit]
-            for unit in original.units[build][mutation.file]
-        ):
+        if verdict.status != "survived":
+            return verdict
+        changed = original.units[build][mutation.file]
+        if all(compile_unit(folder, unit, released_flags()) == original.released[build, unit] for unit in changed):
             return Verdict("same", " ".join(released_flags()))
-        return verdict
+        for unit in units_of():
+            compile_unit(folder, unit, (*FLAGS, *CHECKED))
+        checked = run_mutant(link(folder, units_of()))
+        return dataclasses.replace(checked, how=f"{checked.how} with UBSan") if checked.status == "killed" else checked
 
 
 # ------------------------------------------------------------------------------------------------------ the score
@@ -624,6 +633,11 @@ def main(arguments: list[str] | None = None) -> int:
         vars(native).update(np=watched, _arena=watched.arena)
         cases = suite_cases(options.cases)
         for build in BUILDS:
+            shutil.copytree(folder / build, folder / f"{build}-checked")
+            for unit in units_of():
+                compile_unit(folder / f"{build}-checked", unit, (*FLAGS, *CHECKED))
+            link(folder / f"{build}-checked", units_of())
+        for build in (*BUILDS, *(f"{build}-checked" for build in BUILDS)):
             use(module, folder / build / "engine.so")
             for case in cases:
                 watched.touched()

@@ -2,12 +2,15 @@
 
 `Watched` stands in for NumPy in kernels/native.py: what it gives out is filled with a pattern, so that a value nobody
 wrote is not right by luck, and lies between guards. `values_apart` makes plans whose values do not share bytes and lie
-apart from each other, so that a kernel that leaves its own value is seen, even where it would do no harm.
+apart from each other, so that a kernel that leaves its own value is seen, even where it would do no harm; and whose
+weights and tables end where a page begins that cannot be read, so that a read beyond them ends the process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +56,21 @@ class Watched:
         return any((block[:at] != PATTERN).any() or (block[end:] != PATTERN).any() for block, at, end in blocks)
 
 
+def fenced(array: Any) -> Any:
+    """A read-only copy of `array` that ends where an unreadable page begins."""
+    pages = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    block = np.frombuffer(memory, np.uint8)
+    copy = block[pages - array.nbytes : pages].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if protect(block.ctypes.data + pages, mmap.PAGESIZE, 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy.setflags(write=False)
+    return copy
+
+
 @contextlib.contextmanager
 def values_apart() -> Iterator[None]:
     """Plans made inside have `owned`: (offset, bytes) of each value in an arena, with a guard after each."""
@@ -77,12 +95,16 @@ def values_apart() -> Iterator[None]:
         for work in (item for items in self.work.values() for item in items):
             work.offset, self.scratch_bytes = put(self, self.scratch_bytes, work.bytes, "scratch")
 
-    kept = plan._state, plan._place
-    plan._state, plan._place = state, place
+    def pointer(self: Any, ctype: str, array: Any, dtype: Any) -> Any:
+        packed = np.ascontiguousarray(array, dtype=dtype)
+        return kept[2](self, ctype, fenced(packed) if packed.size else packed, dtype)
+
+    kept = plan._state, plan._place, plan._pointer
+    plan._state, plan._place, plan._pointer = state, place, pointer
     try:
         yield
     finally:
-        plan._state, plan._place = kept
+        plan._state, plan._place, plan._pointer = kept
 
 
 def strayed(engine: Any) -> bool:

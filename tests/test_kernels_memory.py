@@ -1,6 +1,10 @@
-"""The C engine writes only where its plan says: guards around every array, and between the values of a plan."""
+"""The C engine reads and writes only where its plan says: guards around arrays and values, fences after weights."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,3 +54,15 @@ def test_the_guards_see_what_they_should() -> None:
         block.view(np.uint8)[4 * (first + beyond)] = 1
         assert watched.touched()
         assert not watched.touched()
+
+
+@pytest.mark.parametrize("size", [1, 4096, 5000])
+def test_a_read_beyond_a_fence_ends_the_process(size: int) -> None:
+    code = (
+        "import ctypes, sys, numpy as np\nfrom red_zones import fenced\n"
+        f"array = fenced(np.arange({size}, dtype=np.int32))\nassert array[-1] == {size - 1}\n"
+        "print('inside', flush=True)\nctypes.string_at(array.ctypes.data + array.nbytes, 1)\nprint('beyond')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "inside\n", done.stderr
+    assert done.returncode < 0
