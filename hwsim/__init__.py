@@ -11,7 +11,7 @@ formulas and what is not modelled.
 from .activity import Activity, Load, load_activity, measure, save_activity, uniform
 from .config import Chip, Constant, chip_schema, load_chip, shipped_chips
 from .cost import physical_cost, prepare, spikesim_cost
-from .crossbar import AdcAccuracy, AnalogAccuracy, CrossbarNetwork, Devices, adc_accuracy, analog_accuracy
+from .crossbar import AdcAccuracy, AnalogAccuracy, CrossbarNetwork, Devices, adc_accuracy, analog_accuracy, analog_grid
 from .mapping import Workload, from_network, ms_resnet, named_workload, network_digest
 from .report import Report, build_report, render_html, summary, to_csv
 
@@ -28,6 +28,7 @@ __all__ = [
     "Workload",
     "adc_accuracy",
     "analog_accuracy",
+    "analog_grid",
     "build_report",
     "chip_schema",
     "from_network",

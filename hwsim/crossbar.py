@@ -8,14 +8,17 @@ Device variation, stuck cells and IR drop are drawn or solved once, when a netwo
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from mdsnn.export import artifact
 from mdsnn.kernels import reference
 from mdsnn.kernels.engine import NodeBackend, check_pixels
 from mdsnn.kernels.errors import ConfigError, InputError
@@ -24,8 +27,9 @@ from mdsnn.kernels.network import Conv, IntegerNetwork, Linear, Readout
 
 from .cells import conductance, levels, slice_factors, vary
 from .config import Chip
-from .converters import AdcCheck, check_adc, convert, lossless_bits
+from .converters import AdcCheck, adc_step, check_adc, convert, lossless_bits
 from .mapping import Layer, Workload, from_network, row_tiles
+from .processes import run_tasks
 from .wires import effective_conductance
 
 
@@ -35,7 +39,7 @@ class ProgrammedLayer:
 
     cells    for each block of crossbar rows: its group; the inputs it reads, as flat indices into (kh*kw, C_in); and
              its conductances in levels above level 0, (rows, columns*C_out/groups), slice by slice, float32 if exact,
-             else float64
+             else float64 on a grid of 2**-30
     exact    the cells hold whole levels, so that column sums are whole numbers (exact in float32: below 2**24)
     factors  what each column of a weight counts, see cells.slice_factors
     offset   taken off for every unit of input: delta with offset coding, 0 differential
@@ -86,6 +90,10 @@ class Devices:
 
 IDEAL = Devices()
 
+_GRAIN: Final = float(1 << 30)
+"""Conductances are rounded to 2**-30 of a level, so that sums of up to 4096 of them are exact in float64 in any order:
+accuracies do not depend on threads, processes or the BLAS library."""
+
 
 def _cells(
     level: npt.NDArray[np.uint8], chip: Chip, devices: Devices, rng: np.random.Generator | None
@@ -107,7 +115,7 @@ def _cells(
         row, column = chip["wire.row_resistance"], chip["wire.column_resistance"]
         blocks = [g[:, at : at + columns] for at in range(0, g.shape[1], columns)]
         g = np.concatenate([effective_conductance(block, row, column) for block in blocks], axis=1)
-    return (g - g_min) / ((g_max - g_min) / top)
+    return np.rint((g - g_min) * (top / (g_max - g_min) * _GRAIN)) / _GRAIN
 
 
 def program(
@@ -248,8 +256,6 @@ class CrossbarNetwork:
     ) -> None:
         chip.require("physical")
         bits = chip.integer("adc.bits") if adc_bits is None else adc_bits
-        if not 1 <= bits <= 32:
-            raise ConfigError(f"adc_bits = {bits} is outside 1..32")
         self.network = network
         nodes = {node.name: node for node in network.nodes}
         by_weight: dict[int, ProgrammedLayer] = {}
@@ -257,8 +263,23 @@ class CrossbarNetwork:
             node = nodes[layer.name]
             assert isinstance(node, Conv | Linear | Readout)  # that is what a workload's layers are made of
             by_weight[id(node.weight)] = program(layer, chip, devices=devices, rng=rng)
-        kernels = cast(ModuleType, _Kernels(by_weight, bits, transfer))
-        self._backend = NodeBackend(network, kernels, "crossbar")
+        self._by_weight = by_weight
+        self._read_by(bits, transfer)
+
+    def _read_by(self, bits: int, transfer: str) -> None:
+        if not 1 <= bits <= 32:
+            raise ConfigError(f"adc_bits = {bits} is outside 1..32")
+        kernels = cast(ModuleType, _Kernels(self._by_weight, bits, transfer))
+        self._backend = NodeBackend(self.network, kernels, "crossbar")
+
+    def with_adc(self, bits: int, transfer: str = "clip") -> CrossbarNetwork:
+        """The same programmed cells, read by another ADC.
+
+        bits  1..32        transfer  "clip" or "scale"        raises  ConfigError  for bits out of range
+        """
+        other = copy.copy(self)
+        other._read_by(bits, transfer)
+        return other
 
     def run(self, pixels: npt.ArrayLike, *, batch: int = 64) -> npt.NDArray[np.int32]:
         """Logits (N, classes) int32 of uint8 pixels, as Engine.run takes them."""
@@ -329,7 +350,8 @@ def adc_accuracy(
 class AnalogAccuracy:
     """Accuracy over trials, each programmed anew.
 
-    accuracies     one a trial      mean, low, high  the mean and its 95 % confidence interval over programmings
+    accuracies     one a trial; one in all where nothing is random, for every programming is the same
+    interval       of the mean, 95 % confidence, over programmings of these samples
     """
 
     devices: Devices
@@ -345,10 +367,13 @@ class AnalogAccuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the mean over programmings, Student's t, cut to 0..1; one trial: 0..1."""
+        """95 % confidence interval of the mean over programmings, Student's t, cut to 0..1.
+
+        One trial of random devices tells nothing: 0..1. Where nothing is random it is the mean itself.
+        """
         n = len(self.accuracies)
         if n < 2:
-            return 0.0, 1.0
+            return (0.0, 1.0) if self.devices.random else (self.mean, self.mean)
         half = _student_t(n - 1) * float(np.std(self.accuracies, ddof=1)) / np.sqrt(n)
         return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
@@ -359,6 +384,92 @@ def _student_t(freedom: int) -> float:
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
     table += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
     return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.4 / freedom
+
+
+@functools.lru_cache(maxsize=2)
+def network_of(content: bytes) -> IntegerNetwork:
+    """A network of its artifact's bytes, kept between the tasks of a process."""
+    return artifact.from_bytes(content)
+
+
+def _analog_trial(
+    place: int,
+    content: bytes,
+    pixels: npt.NDArray[np.uint8],
+    truth: Array,
+    chip: Chip,
+    devices: Devices,
+    seed: tuple[int, ...],
+    bits: tuple[int, ...],
+    transfer: str,
+) -> tuple[int, list[float]]:
+    """`place`, and the accuracy of one programming under each ADC."""
+    programmed = CrossbarNetwork(network_of(content), chip, devices=devices, rng=np.random.default_rng(seed))
+    return place, [
+        float(np.mean(programmed.with_adc(each, transfer).run(pixels).argmax(axis=1) == truth)) for each in bits
+    ]
+
+
+def analog_grid(
+    network: IntegerNetwork,
+    pixels: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    chip: Chip,
+    *,
+    trials: int,
+    rng: np.random.Generator,
+    devices: Sequence[Devices],
+    adc_bits: Sequence[int],
+    transfer: str = "clip",
+    jobs: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[AnalogAccuracy, ...]:
+    """Accuracy of the artifact on crossbars of non-ideal devices, by Monte Carlo over programmings.
+
+    labels    (N,) integers          trials  1..10000
+    rng       seeds the trials; the result does not depend on `jobs`. Trial k draws the same numbers for all devices,
+              and one programming is read by all ADCs, so that differences between them are not chance
+    devices   what to try; one trial where nothing is random
+    adc_bits  1..32 each             transfer  "clip" or "scale"
+    jobs      processes (joblib); 1 stays in this one
+    progress  called with (programmings done, programmings)
+    returns   for each of `devices`, in order, one for each of `adc_bits`
+    raises    InputError    if labels and pixels differ in number
+              ConfigError   for trials, jobs or bits out of range, or nothing to try
+              MissingError  if jobs > 1 and joblib is not installed, or for IR drop without scipy
+    """
+    if type(trials) is not int or not 1 <= trials <= 10000:
+        raise ConfigError(f"trials = {trials!r} is outside 1..10000")
+    for each in adc_bits:
+        if not 1 <= each <= 32:
+            raise ConfigError(f"adc_bits = {each} is outside 1..32")
+    if not devices or not adc_bits:
+        raise ConfigError("there is nothing to try: give at least one kind of devices and one ADC")
+    adc_step(1, 1, transfer)  # refuse a bad name now
+    chip.require("physical")
+    array = check_pixels(network, pixels)
+    truth = np.asarray(labels)
+    if truth.shape != (array.shape[-4],):
+        raise InputError(f"{truth.shape} labels for {array.shape[-4]} samples; one each was expected")
+    seeds = [tuple(map(int, row)) for row in rng.integers(0, 1 << 63, (trials, 2))]
+    content = artifact.to_bytes(network)
+    tasks: list[tuple[Any, ...]] = []
+    spans: list[range] = []
+    for kind in devices:
+        chosen = seeds if kind.random else seeds[:1]
+        spans.append(range(len(tasks), len(tasks) + len(chosen)))
+        for seed in chosen:
+            tasks.append((len(tasks), content, array, truth, chip, kind, seed, tuple(adc_bits), transfer))
+    found: dict[int, list[float]] = {}
+    for place, accuracies in run_tasks(_analog_trial, tasks, jobs=jobs):
+        found[place] = accuracies
+        if progress is not None:
+            progress(len(found), len(tasks))
+    return tuple(
+        AnalogAccuracy(kind, each, transfer, len(truth), tuple(found[place][number] for place in span))
+        for kind, span in zip(devices, spans, strict=True)
+        for number, each in enumerate(adc_bits)
+    )
 
 
 def analog_accuracy(
@@ -372,31 +483,29 @@ def analog_accuracy(
     devices: Devices | None = None,
     adc_bits: int | None = None,
     transfer: str = "clip",
+    jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> AnalogAccuracy:
-    """Accuracy of the artifact on crossbars of non-ideal devices, by Monte Carlo over programmings.
+    """`analog_grid` for one kind of devices and one ADC.
 
-    labels    (N,) integers          trials  1..10000, each with cells drawn anew from `rng`
     devices   None: the chip's cell.sigma, no stuck cells, ideal wires
-    adc_bits  None: the chip's       transfer  "clip" or "scale"
-    progress  called with (trials done, trials)
-    raises    InputError   if labels and pixels differ in number        ConfigError  for trials out of range
+    adc_bits  None: the chip's
     """
-    if type(trials) is not int or not 1 <= trials <= 10000:
-        raise ConfigError(f"trials = {trials!r} is outside 1..10000")
-    array = check_pixels(network, pixels)
-    truth = np.asarray(labels)
-    if truth.shape != (array.shape[-4],):
-        raise InputError(f"{truth.shape} labels for {array.shape[-4]} samples; one each was expected")
     drawn = Devices(sigma=chip["cell.sigma"]) if devices is None else devices
     bits = chip.integer("adc.bits") if adc_bits is None else adc_bits
-    accuracies: list[float] = []
-    for trial in range(trials):
-        programmed = CrossbarNetwork(network, chip, adc_bits=bits, transfer=transfer, devices=drawn, rng=rng)
-        accuracies.append(float(np.mean(programmed.run(array).argmax(axis=1) == truth)))
-        if progress is not None:
-            progress(trial + 1, trials)
-    return AnalogAccuracy(drawn, bits, transfer, len(truth), tuple(accuracies))
+    return analog_grid(
+        network,
+        pixels,
+        labels,
+        chip,
+        trials=trials,
+        rng=rng,
+        devices=(drawn,),
+        adc_bits=(bits,),
+        transfer=transfer,
+        jobs=jobs,
+        progress=progress,
+    )[0]
 
 
 def lossless_check(workload: Workload, chip: Chip, bits: int | None = None) -> dict[str, AdcCheck]:

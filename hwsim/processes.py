@@ -128,7 +128,8 @@ def _on_dask(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]],
                 stack.callback(logger.setLevel, logger.level)
                 logger.setLevel(logging.CRITICAL + 1)
         try:
-            client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+            connect: Any = distributed.Client  # it has no types
+            client = connect(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, RuntimeError) as fault:  # a timeout is an OSError
             raise EnvironmentFault(
                 f"scheduler {scheduler}: no Dask scheduler answered within {CONNECT_SECONDS} s; "
@@ -164,7 +165,7 @@ def _dask_backend(client: Any, scheduler: str) -> Any:
 
     class Backend(DaskDistributedBackend):  # type: ignore[misc]  # joblib has no types
         def effective_n_jobs(self, n_jobs: int) -> int:
-            return max(2, super().effective_n_jobs(n_jobs))
+            return max(2, int(super().effective_n_jobs(n_jobs)))
 
         def start_call(self) -> None:
             super().start_call()

@@ -585,12 +585,7 @@ def summary(report: Report) -> str:
             f"{number(p['area_mm2']):>8} {number(p['TOPS_per_W']):>8} {number(p['EDAP_mJ_ms_mm2']):>10}"
             for p in report.precisions[:7]
         ]
-    for row in report.paper["rows"][:3]:
-        lines.append(
-            f"FP32 / 4 bit, {row['model']} {row['preset']}: TOPS/W {row['tops_per_w']:.2f}, TOPS/mm2 "
-            f"{row['tops_per_mm2']:.2f}, EDAP {row['edap']:.2f}"
-        )
-    lines.append("(the paper's three ratios disagree: 2.64 x 6.19 = 16.34, not 14.85)")
+    lines += _paper_lines(report.paper["rows"])
     if report.adc is not None:
         lines.append(
             report.adc["verdict"].split(":")[0].rstrip(".") + ("" if report.adc["lossless"] else " (see report)")
@@ -608,6 +603,19 @@ def summary(report: Report) -> str:
             )
         )
     return "\n".join(line[:110] for line in lines[:25])
+
+
+def _paper_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paper's ratios and ours, a line a model and chip."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        ratios = f"{row['preset']} {row['tops_per_w']:.2f} {row['tops_per_mm2']:.2f} {row['edap']:.2f}"
+        groups.setdefault(f"  {row['model']} on {row['chip']}", []).append(ratios.strip())
+    paper, *ours = groups.items()
+    return [
+        f"FP32 / 4 bit, TOPS/W TOPS/mm2 EDAP: paper {paper[1][0]}, which disagree (2.64 x 6.19 = 16.34)",
+        *(f"{name}: {'; '.join(ratios)}" for name, ratios in ours),
+    ]
 
 
 def to_csv(report: Report) -> str:

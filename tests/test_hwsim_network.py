@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdsnn.export import artifact
 from mdsnn.hwsim import cells, converters
 from mdsnn.hwsim.activity import (
     Activity,
@@ -56,6 +57,7 @@ from mdsnn.hwsim.crossbar import (
     accumulate,
     adc_accuracy,
     analog_accuracy,
+    analog_grid,
     lossless_check,
     program,
 )
@@ -621,18 +623,60 @@ def test_analog_accuracy_is_seeded_and_ideal_devices_lose_nothing(case: Any) -> 
         )
 
     ideal = run(0, devices=Devices(), progress=lambda done, of: seen.append((done, of)))
-    assert ideal.accuracies == (1.0, 1.0, 1.0)
+    assert ideal.accuracies == (1.0,)  # nothing is drawn, so one programming says all
     assert ideal.interval == (1.0, 1.0)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(1, 1)]
+    run(0, progress=lambda done, of: seen.append((done, of)))
+    assert seen[1:] == [(1, 3), (2, 3), (3, 3)]
     assert run(5) == run(5)
     assert run(5).devices.sigma == 0.2
     assert run(1, trials=1).interval == (0.0, 1.0)
-    low, high = replace(ideal, accuracies=(0.4, 0.6)).interval
+    low, high = replace(run(5), accuracies=(0.4, 0.6)).interval
     assert (low, high) == (0.0, 1.0)
-    low, high = replace(ideal, accuracies=(0.4, 0.5, 0.6)).interval
+    low, high = replace(run(5), accuracies=(0.4, 0.5, 0.6)).interval
     assert (low, high) == (pytest.approx(0.5 - 4.303 * 0.1 / 3**0.5), pytest.approx(0.5 + 4.303 * 0.1 / 3**0.5))
     with pytest.raises(ConfigError, match="trials"):
         run(0, trials=0)
+
+
+def test_an_analog_grid_is_the_same_in_any_number_of_processes() -> None:
+    network = artifact.load("builtin:digits")
+    pixels = np.load(io.BytesIO(artifact.builtin("digits", "_pixels.npy")))[:24]
+    truth = Engine(network, "reference", 1).run(pixels).predictions
+    kinds = (Devices(), Devices(sigma=0.3), Devices(sigma=0.3, stuck_low=0.01, ir_drop=True))
+
+    def grid(**over: Any) -> Any:
+        options = {"trials": 4, "devices": kinds, "adc_bits": (6, 10), "rng": np.random.default_rng(3), **over}
+        return analog_grid(network, pixels, truth, CHIP, **options)
+
+    results = grid()
+    assert [(r.devices, r.bits, len(r.accuracies)) for r in results] == [
+        (kind, bits, 4 if kind.random else 1) for kind in kinds for bits in (6, 10)
+    ]
+    assert results[1].accuracies == (1.0,)
+    assert len({accuracy for r in results for accuracy in r.accuracies}) > 2
+    assert grid(jobs=2) == results
+    alone = analog_accuracy(
+        network, pixels, truth, CHIP, trials=4, rng=np.random.default_rng(3), devices=kinds[1], adc_bits=10
+    )
+    assert alone == results[3]  # what else is tried changes nothing
+    for over in ({"adc_bits": (33,)}, {"adc_bits": ()}, {"devices": ()}, {"transfer": "round"}, {"jobs": 0}):
+        with pytest.raises(ConfigError):
+            grid(**over)
+
+
+def test_sums_of_varied_cells_do_not_depend_on_their_order(case: Any) -> None:
+    network, _ = case
+    layer = from_network(network).layers[-1]
+    rng = np.random.default_rng(0)
+    for devices in (Devices(sigma=2.0), Devices(sigma=0.2, ir_drop=True)):
+        for _, _, g in program(layer, CHIP, devices=devices, rng=rng).cells:
+            order = rng.permutation(len(g))
+            total = np.zeros(g.shape[1])
+            for row in order:
+                total += g[row]
+            np.testing.assert_array_equal(total, g.sum(axis=0))
+            np.testing.assert_array_equal(g, np.rint(g * 2.0**30) / 2.0**30)
 
 
 # ---------------------------------------------------------------------------------------------------------- mapping

@@ -75,7 +75,7 @@ def test_a_sweep_resumes_and_processes_change_nothing() -> None:
     done[0]["energy_uJ"] = -1.0  # kept as it is, so it was not computed again
     seen: list[tuple[int, int]] = []
     rest = sweep(WORKLOAD, CHIP, AXES, loads, done=done, progress=lambda at, of: seen.append((at, of)))
-    assert seen == [(6, 8), (7, 8), (8, 8)]
+    assert seen == [(5, 8), (7, 8), (8, 8)]  # a task for each crossbar
     assert rest[0]["energy_uJ"] == -1.0
     assert [{**row, "pareto": None} for row in rest[1:]] == [{**row, "pareto": None} for row in whole[1:]]
     assert sweep(WORKLOAD, CHIP, AXES, loads, jobs=2) == whole

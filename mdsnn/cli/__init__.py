@@ -28,6 +28,8 @@ COMMANDS = {
     "verify": "Do all executors agree on every integer? If not, where first?",
     "bench": "Images a second of each executor, after checking equal bits.",
     "report": "The crossbar report: energy, latency, area of an artifact on a chip.",
+    "analog": "Accuracy on crossbars with device variation, stuck cells, IR drop and few ADC bits.",
+    "sweep": "Energy, delay and area over a grid of chip settings, and the Pareto front.",
     "chips": "The chips there are, and their constants with sources.",
     "doctor": "What this machine has, what it lacks, and how to cure it.",
 }
