@@ -43,7 +43,7 @@ from .network import (
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 6  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 7  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
@@ -209,12 +209,16 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
         return None
     if isa_level == "amx":
         return "tiles"
-    lo, hi = proof.channel_bounds[conv.name]
-    sums_fit = int(lo.min()) >= -(2**15) and int(hi.max()) < 2**15
     entries_fit = proof.shapes[conv.source][2] * kh * _BLOCK * _BLOCK < 2**31
-    if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and sums_fit and entries_fit:
+    if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and entries_fit:
         return "events"
     return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None
+
+
+def _sums_fit(network: IntegerNetwork, conv: Conv) -> bool:
+    """Whether the convolution's accumulators fit 16 bits."""
+    lo, hi = network.proof.channel_bounds[conv.name]
+    return int(lo.min()) >= -(2**15) and int(hi.max()) < 2**15
 
 
 def _up(size: int) -> int:
@@ -384,7 +388,7 @@ class _Plan:
         return offset
 
     def _pointer(self, ctype: str, array: npt.ArrayLike, dtype: Any) -> Any:
-        packed = np.ascontiguousarray(array, dtype=dtype)
+        packed = _aligned(np.asarray(array, dtype=dtype))
         pointer = self.ffi.cast(f"const {ctype} *", self.ffi.from_buffer(packed)) if packed.size else self.ffi.NULL
         self.keep.append(packed)
         return pointer
@@ -489,7 +493,7 @@ class _Plan:
         if group.method == "events":
             lists = 4 * self._row_entries(group) * band + _ALIGN
             starts = 4 * -(-c_in // _BLOCK) * band * steps * (width + 1)
-            return lists, starts, 2 * band * row, 2 * row
+            return lists, starts, (2 if _sums_fit(self.network, conv) else 4) * band * row, 2 * row
         if group.method == "pairs":
             return 2 * out_width * steps * _depth(conv), 0, 4 * row, 2 * row
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
@@ -532,15 +536,18 @@ class _Plan:
         if group.fire is not None:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
-        flush = 127 // max(1, int(np.abs(conv.weight.astype(np.int16)).max()))
+        largest = max(1, int(np.abs(conv.weight.astype(np.int16)).max()))
+        flush = 127 // largest
         match group.method:
             case "tiles":
                 method, packed = self.lib.MDSNN_TILES, self._pointer("int8_t", _pack_tiles(conv.weight), np.int8)
             case "pairs":
                 method, packed = self.lib.MDSNN_PAIRS, self._pointer("int16_t", _pack_pairs(conv), np.int16)
             case _:
-                eight = flush >= _FLUSH
+                eight = flush >= _FLUSH and _sums_fit(self.network, conv)
                 method = self.lib.MDSNN_EVENTS_8 if eight else self.lib.MDSNN_EVENTS_16
+                if not _sums_fit(self.network, conv):
+                    method, flush = self.lib.MDSNN_EVENTS_32, 32767 // largest
                 vector = _VECTOR_BYTES[ISA_LEVELS[self.level]] if eight else 0
                 packed = self._pointer("int8_t", _pack_events(conv.weight, vector), np.int8)
         work_input, starts, sums, y = (item.offset for item in self.work[conv.name])
@@ -569,10 +576,17 @@ class _Plan:
             "work_y": y,
         }
 
+    def _code_decode(self, node: Lif, codes: Array) -> Array:
+        """Codes in the lower half, what they decode to in the upper one; zeros where that needs more than 16 bits."""
+        if self.stream_type == _I32:
+            return np.zeros(1, np.int64)
+        both: Array = node.decode[codes + delta(node.bits)].astype(np.int64) * 65536 + (codes & 0xFFFF)
+        return both
+
     def _short_product(self, node: BnAffine) -> bool:
         lo, hi = self.network.proof.channel_bounds[node.source]
         factors = (node.multiplier, lo, hi)
-        narrow = all(-(2**15) < int(factor.min()) and int(factor.max()) < 2**15 for factor in factors)
+        narrow = all(int(factor.min()) > -(2**15) and int(factor.max()) < 2**15 for factor in factors)
         return narrow and self.network.proof.product_bits[node.name] == 32
 
     def _lif(self, node: Lif) -> dict[str, Any]:
@@ -610,6 +624,7 @@ class _Plan:
                 fields.update(
                     search=self.lib.MDSNN_TABLE,
                     code=self._pointer("int8_t", codes, np.int8),
+                    code_decode=self._pointer("int32_t", self._code_decode(node, codes), np.int32),
                     code_base=base,
                     code_count=len(codes),
                 )
@@ -713,6 +728,13 @@ def _bit_places() -> Array:
         set_bits = [bit for bit in range(8) if byte >> bit & 1]
         places[byte, : len(set_bits)] = [_BLOCK * bit for bit in set_bits]
     return places
+
+
+def _aligned(array: Array) -> Array:
+    """A C-ordered copy that starts on a cache line: a row of weights across two lines would cost two loads."""
+    copy = _arena(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _arena(size: int) -> npt.NDArray[np.uint8]:

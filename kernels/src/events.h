@@ -11,7 +11,8 @@
  * A block of weights (36 KiB for a 3x3 window) is used for all outputs of a band of rows while it is in the L1 cache.
  * With weights of at most 5 bits, rows are added in 8 bits and moved to 16 bits every `flush` rows: flush*max|w| <= 127.
  * The even bytes of a vector are then the first half of its channels, the odd ones the second, and the weights are
- * packed in that order (native.py:_pack_events). The proof holds every partial sum inside 16 bits.
+ * packed in that order (native.py:_pack_events). The proof holds every partial sum inside 16 bits; where it does not,
+ * rows are added in 16 bits and moved to 32 bits every `flush` rows.
  */
 
 #define BLOCK 64
@@ -99,6 +100,16 @@ APART static uint32_t *NAME(list_row)(const frame *f, const mdsnn_op *op, const 
     return to;
 }
 
+static inline __attribute__((always_inline)) void NAME(add_row)(const int8_t *from, NAME(v8) *sum)
+{
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) {
+        NAME(v8) row;
+        memcpy(&row, from + v * VECTOR_BYTES, sizeof row);
+        sum[v] += row;
+    }
+}
+
 /* sums[64] += the rows at weights + entry. The loops over vectors unroll, so that sums stay in registers. */
 static inline void NAME(add_rows_8)(const uint32_t *entry, const uint32_t *end, const int8_t *weights, int flush,
                                     int16_t *sums)
@@ -109,19 +120,13 @@ static inline void NAME(add_rows_8)(const uint32_t *entry, const uint32_t *end, 
         memcpy(&total[v], sums + v * (VECTOR_BYTES / 2), sizeof total[v]);
     while (entry < end) {
         const uint32_t *stop = end - entry < flush ? end : entry + flush;
-        NAME(v8) sum[VECTORS], row;
+        NAME(v8) sum[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++)
             sum[v] = (NAME(v8)){0};
 #pragma GCC unroll 4
-        for (; entry < stop; entry++) {
-            const int8_t *from = weights + *entry;
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) {
-                memcpy(&row, from + v * VECTOR_BYTES, sizeof row);
-                sum[v] += row;
-            }
-        }
+        for (; entry < stop; entry++)
+            NAME(add_row)(weights + *entry, sum);
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) {
             NAME(v16) pairs = (NAME(v16))sum[v];
@@ -140,36 +145,60 @@ static inline void NAME(add_rows_16)(const uint32_t *entry, const uint32_t *end,
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * VECTORS; v++)
         memcpy(&total[v], sums + v * (VECTOR_BYTES / 2), sizeof total[v]);
+#pragma GCC unroll 2
     for (; entry < end; entry++)
 #pragma GCC unroll 8
         for (int v = 0; v < 2 * VECTORS; v++) {
-            NAME(half8) row;
-            memcpy(&row, weights + *entry + v * (VECTOR_BYTES / 2), sizeof row);
-            total[v] += __builtin_convertvector(row, NAME(v16));
+            const int8_t *row = weights + *entry + v * (VECTOR_BYTES / 2);
+#if defined(__AVX512BW__)
+            total[v] += (NAME(v16))_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)row));
+#elif defined(__AVX2__)
+            total[v] += (NAME(v16))_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)row));
+#else
+            NAME(half8) half;
+            memcpy(&half, row, sizeof half);
+            total[v] += __builtin_convertvector(half, NAME(v16));
+#endif
         }
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * VECTORS; v++)
         memcpy(sums + v * (VECTOR_BYTES / 2), &total[v], sizeof total[v]);
 }
 
-/* Adds one block of inputs to the sums [x][t][64] of one output row. */
-APART static void NAME(events_row)(const mdsnn_op *op, const view *in, int width, int steps, const uint32_t *lists,
-                             const uint32_t *starts, const int8_t *weights, int16_t *sums)
+static inline void NAME(add_rows_32)(const uint32_t *entry, const uint32_t *end, const int8_t *weights, int flush,
+                                     int32_t *sums)
 {
-    ptrdiff_t column = (ptrdiff_t)op->kernel_height * BLOCK * BLOCK;
+    while (entry < end) {
+        const uint32_t *stop = end - entry < flush ? end : entry + flush;
+        int16_t few[BLOCK];
+        memset(few, 0, sizeof few);
+        NAME(add_rows_16)(entry, stop, weights, few);
+        for (int c = 0; c < BLOCK; c++)
+            sums[c] += few[c];
+        entry = stop;
+    }
+}
+
+/* Adds one block of inputs to the sums [x][t][64] of one output row, int32 for EVENTS_32, else int16. */
+APART static void NAME(events_row)(const mdsnn_op *op, const view *in, int width, int steps, const uint32_t *lists,
+                             const uint32_t *starts, const int8_t *weights, void *sums)
+{
+    ptrdiff_t column = (ptrdiff_t)op->kernel_height * BLOCK * BLOCK, at = 0;
     for (int x = 0; x < width; x++) {
         int64_t from = (int64_t)x * op->stride - op->padding, to = from + op->kernel_width;
         /* the window may begin before the weights: entries make up for it, so the sum is always inside */
         uintptr_t origin = (uintptr_t)weights - (uintptr_t)(from * column);
         from = from < 0 ? 0 : from;
         to = to > in->width ? in->width : to;
-        for (int t = 0; t < steps; t++, sums += BLOCK) {
+        for (int t = 0; t < steps; t++, at += BLOCK) {
             const uint32_t *start = starts + (ptrdiff_t)t * (in->width + 1);
             const uint32_t *entry = lists + start[from], *end = lists + start[to];
             if (op->method == MDSNN_EVENTS_8)
-                NAME(add_rows_8)(entry, end, (const int8_t *)origin, op->flush, sums);
+                NAME(add_rows_8)(entry, end, (const int8_t *)origin, op->flush, (int16_t *)sums + at);
+            else if (op->method == MDSNN_EVENTS_16)
+                NAME(add_rows_16)(entry, end, (const int8_t *)origin, (int16_t *)sums + at);
             else
-                NAME(add_rows_16)(entry, end, (const int8_t *)origin, sums);
+                NAME(add_rows_32)(entry, end, (const int8_t *)origin, op->flush, (int32_t *)sums + at);
         }
     }
 }

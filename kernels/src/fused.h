@@ -6,9 +6,10 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
     int steps = steps_of(f, op), ins = (in.channels + BLOCK - 1) / BLOCK, outs = (to.channels + BLOCK - 1) / BLOCK;
     uint32_t *lists = (uint32_t *)(f->call->scratch + op->work_input);
     uint32_t *starts = (uint32_t *)(f->call->scratch + op->work_starts);
-    int16_t *sums = (int16_t *)(f->call->scratch + op->work_sums);
+    uint8_t *sums = f->call->scratch + op->work_sums;
+    int wide = op->method == MDSNN_EVENTS_32;
     ptrdiff_t starts_row = (ptrdiff_t)steps * (in.width + 1), starts_block = starts_row * op->band;
-    ptrdiff_t sums_row = (ptrdiff_t)to.width * steps * BLOCK;
+    ptrdiff_t sums_row = (ptrdiff_t)to.width * steps * BLOCK * (wide ? 4 : 2); /* bytes */
     ptrdiff_t weights = (ptrdiff_t)op->kernel_height * op->kernel_width * BLOCK * BLOCK;
     int16_t *y_row = (int16_t *)(f->call->scratch + op->work_y);
     for (int y = 0; y < to.height; y += op->band) {
@@ -17,13 +18,13 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
         for (int r = 0; r < rows; r++)
             end = NAME(list_row)(f, op, &in, steps, y + r, lists, end, starts + r * starts_row, starts_block);
         for (int o = 0; o < outs; o++) {
-            memset(sums, 0, sizeof *sums * (size_t)(sums_row * rows));
+            memset(sums, 0, (size_t)(sums_row * rows));
             for (int i = 0; i < ins; i++)
                 for (int r = 0; r < rows; r++)
                     NAME(events_row)(op, &in, to.width, steps, lists, starts + i * starts_block + r * starts_row,
                                      op->weight + ((ptrdiff_t)o * ins + i) * weights, sums + r * sums_row);
             for (int r = 0; r < rows; r++)
-                NAME(epilogue)(f, op, k, sums + r * sums_row, 0, y_row, y + r, 0, to.width, o);
+                NAME(epilogue)(f, op, k, sums + r * sums_row, wide, y_row, y + r, 0, to.width, o);
         }
     }
 }

@@ -90,7 +90,8 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
 #if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
     if (common || (op->search == MDSNN_COMPARE && op->thresholds < 16)) {
         STREAM_NAME(vec) index = {0};
-        for (int j = 0; j < op->thresholds; j++)
+#pragma GCC unroll 4
+        for (int j = 0; j < (op->thresholds + 3) / 4 * 4; j++) /* those beyond are out of reach */
             index -= (STREAM_NAME(vec))(u > k->below[j]);
         *q = k->code_first + index;
         __m256i low = _mm256_or_si256((__m256i)index, _mm256_set1_epi16((short)0x8000));
@@ -112,6 +113,41 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
         *decoded = (STREAM_NAME(vec))sum;
         return;
     }
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+    if (op->search == MDSNN_TABLE) {
+        __m512i half[2];
+        for (int i = 0; i < 2; i++) {
+            __m512i at = _mm512_cvtepi16_epi32(i ? _mm512_extracti64x4_epi64((__m512i)u, 1)
+                                                 : _mm512_castsi512_si256((__m512i)u));
+            at = _mm512_sub_epi32(at, _mm512_set1_epi32(op->code_base));
+            at = _mm512_min_epi32(_mm512_max_epi32(at, _mm512_setzero_si512()), _mm512_set1_epi32(op->code_count - 1));
+            half[i] = _mm512_i32gather_epi32(at, op->code_decode, 4);
+        }
+        __m512i low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(half[0]));
+        *q = (STREAM_NAME(vec))_mm512_inserti64x4(low, _mm512_cvtepi32_epi16(half[1]), 1);
+        low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srai_epi32(half[0], 16)));
+        *decoded = (STREAM_NAME(vec))_mm512_inserti64x4(
+            low, _mm512_cvtepi32_epi16(_mm512_srai_epi32(half[1], 16)), 1);
+        return;
+    }
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+    if (op->search == MDSNN_TABLE) {
+        __m256i half[2];
+        for (int i = 0; i < 2; i++) {
+            __m256i at = _mm256_cvtepi16_epi32(i ? _mm256_extracti128_si256((__m256i)u, 1)
+                                                 : _mm256_castsi256_si128((__m256i)u));
+            at = _mm256_sub_epi32(at, _mm256_set1_epi32(op->code_base));
+            at = _mm256_min_epi32(_mm256_max_epi32(at, _mm256_setzero_si256()), _mm256_set1_epi32(op->code_count - 1));
+            half[i] = _mm256_i32gather_epi32(op->code_decode, at, 4);
+        }
+        __m256i codes = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_slli_epi32(half[0], 16), 16),
+                                           _mm256_srai_epi32(_mm256_slli_epi32(half[1], 16), 16));
+        __m256i decodes = _mm256_packs_epi32(_mm256_srai_epi32(half[0], 16), _mm256_srai_epi32(half[1], 16));
+        *q = (STREAM_NAME(vec))_mm256_permute4x64_epi64(codes, 0xD8);
+        *decoded = (STREAM_NAME(vec))_mm256_permute4x64_epi64(decodes, 0xD8);
+        return;
+    }
+#endif
     STREAM lane[LANES], next[LANES];
     memcpy(lane, &u, sizeof lane);
     for (int i = 0; i < LANES; i++) {
@@ -223,6 +259,8 @@ static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constan
     }
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
     if (op->search == MDSNN_COMPARE && op->thresholds < 16) {
+        for (int j = op->thresholds; j < 16; j++)
+            k->below[j] = STREAM_NAME(splat)(INT16_MAX);
         uint8_t low[32] = {0}, high[32] = {0};
         for (int j = 0; j <= op->thresholds; j++) {
             uint16_t decoded = (uint16_t)op->decode[op->top + op->code_first + j];

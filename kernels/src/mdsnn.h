@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 6 };
+enum mdsnn_version { MDSNN_CONTRACT = 7 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -38,6 +38,7 @@ enum mdsnn_kind {
 enum mdsnn_method {
     MDSNN_EVENTS_8,  /* spikes: rows of weights added in 8 bits, moved to 16 bits every `flush` rows */
     MDSNN_EVENTS_16, /* spikes: rows of weights added in 16 bits */
+    MDSNN_EVENTS_32, /* the same, moved to 32 bits every `flush` rows */
     MDSNN_PAIRS,     /* codes of 8 bits: products of pairs of inputs, 32 bits */
     MDSNN_TILES      /* spikes or codes of 8 bits: AMX */
 };
@@ -89,6 +90,7 @@ typedef struct mdsnn_op {
     const int32_t *threshold;
     const int32_t *decode; /* entry q + top */
     const int8_t *code;    /* search by table: code of u = code_base + index, index clamped to 0..code_count - 1 */
+    const int32_t *code_decode; /* the same places: decode[q] in the upper half, q in the lower; 16-bit stream */
     int32_t code_base, code_count;
     int32_t buckets;       /* 1: the thresholds lie in buckets */
     int32_t bucket_base, bucket_shift;
@@ -101,7 +103,7 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *bn;
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t method;        /* enum mdsnn_method */
-    int32_t flush;         /* rows that 8 bits can add */
+    int32_t flush;         /* rows that 8 (or 16) bits can add */
     int32_t band;          /* output rows worked on at a time */
     int32_t depth;         /* pairs: inputs under a window, even */
     int64_t work_input;    /* bytes into scratch: the lists of spikes, or the input as the method wants it */
