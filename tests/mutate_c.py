@@ -153,9 +153,9 @@ class Original:
     released: dict[tuple[str, str], bytes | None]
 
     @classmethod
-    def build(cls, folder: Path, sources: dict[str, str]) -> Original:
+    def build(cls, folder: Path, sources: dict[str, str], builds: Iterable[str]) -> Original:
         lines, units, objects, released = {}, {}, {}, {}
-        for build in BUILDS:
+        for build in builds:
             lines[build], units[build] = active_lines(folder / f"marked-{build}", sources, build)
             write_sources(folder / build, sources, build)
             for unit in units_of():
@@ -171,12 +171,12 @@ class Original:
         """Every mutation of a line that a build holds, with the first such build."""
         found = []
         for name, text in self.sources.items():
-            if name in SKIPPED or not any(self.units[build][name] for build in BUILDS):
+            if name in SKIPPED or not any(units[name] for units in self.units.values()):
                 continue
             for mutation in mutations_of(name, text):
                 line = text.count("\n", 0, mutation.start) + 1
-                for build in BUILDS:
-                    if line in self.lines[build][name]:
+                for build, lines in self.lines.items():
+                    if line in lines[name]:
                         found.append((build, mutation))
                         break
         return found
@@ -617,10 +617,11 @@ def main(arguments: list[str] | None = None) -> int:
     sources = {path.name: path.read_text() for path in sorted(source.iterdir()) if path.suffix in (".c", ".h")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        original = Original.build(folder, sources)
+        builds = (options.build,) if options.replace else tuple(BUILDS)
+        original = Original.build(folder, sources, builds)
         (folder / "wrapper").mkdir()
-        module = wrapper(folder / "wrapper", sources["mdsnn.h"], folder / "base")
-        use(module, folder / "base" / "engine.so")
+        module = wrapper(folder / "wrapper", sources["mdsnn.h"], folder / builds[0])
+        use(module, folder / builds[0] / "engine.so")
         sys.modules["mdsnn.kernels._native"] = module
         from mdsnn.kernels import native
 
@@ -632,12 +633,12 @@ def main(arguments: list[str] | None = None) -> int:
         watched = Watched()
         vars(native).update(np=watched, _arena=watched.arena)
         cases = suite_cases(options.cases)
-        for build in BUILDS:
+        for build in builds:
             shutil.copytree(folder / build, folder / f"{build}-checked")
             for unit in units_of():
                 compile_unit(folder / f"{build}-checked", unit, (*FLAGS, *CHECKED))
             link(folder / f"{build}-checked", units_of())
-        for build in (*BUILDS, *(f"{build}-checked" for build in BUILDS)):
+        for build in (*builds, *(f"{build}-checked" for build in builds)):
             use(module, folder / build / "engine.so")
             for case in cases:
                 watched.touched()
@@ -656,6 +657,9 @@ def main(arguments: list[str] | None = None) -> int:
         gc.freeze()
         rows: list[Row] = []
         equivalents = known_equivalents(EQUIVALENT)
+        for key in sorted(equivalents.keys() - {(m.file, m.function, *m.shown(sources[m.file])[1:]) for _, m in jobs}):
+            if not options.replace and not options.files:
+                say(f"{EQUIVALENT.name} names a mutant that is there no more: {' | '.join(key)}")
         counted = 0
         with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("fork")) as pool:
             queue = iter(jobs)
