@@ -53,7 +53,7 @@ _BLOCK = 64  # channels a fused convolution takes at a time
 _FEW = 16  # below so many channels a block would be mostly empty
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
-_SUM_BYTES = 1 << 14  # sums of a band of tiles
+_SUM_BYTES = 1 << 17  # sums of a band of tiles
 _COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
 _TILE = 16  # outputs a tile holds
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
@@ -763,7 +763,11 @@ class NativeBackend:
         """The instruction set in use."""
         self._plan = _Plan(network, ISA_LEVELS.index(self.isa))
         self._neurons = {lif.name: int(np.prod(network.proof.shapes[lif.name])) for lif in network.lifs}
-        self._readers = {node.name: node.source for node in network.nodes if isinstance(node, Conv | Linear | Readout)}
+        rows = self._plan.counters
+        self._spikes_out = [(lif.name, rows[lif.name]) for lif in network.lifs]
+        self._spikes_in = [
+            (node.name, rows[node.source]) for node in network.nodes if isinstance(node, Conv | Linear | Readout)
+        ]
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[npt.NDArray[np.uint8]] = deque(maxlen=64)
 
@@ -821,8 +825,8 @@ class NativeBackend:
             q = ffi.new("int8_t *[]", [ffi.cast("int8_t *", lif.q.ctypes.data) for lif in traced])
             call.trace_h, call.trace_s, call.trace_q = h, s, q
         plan.lib.mdsnn_run(plan.struct, plan.level, call)
-        spikes_in = {name: counts[plan.counters[source]] for name, source in self._readers.items()}
-        spikes_out = {lif.name: counts[plan.counters[lif.name]] for lif in network.lifs}
+        spikes_in = {name: counts[row] for name, row in self._spikes_in}
+        spikes_out = {name: counts[row] for name, row in self._spikes_out}
         activity = Activity(samples, self._neurons, spikes_out, spikes_in)
         return Result(logits, activity, Trace(lifs, logits) if trace else None)
 

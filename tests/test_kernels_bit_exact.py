@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -256,6 +257,20 @@ def test_counts_of_many_widths(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_counts_beyond_a_byte(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """289 pixels whose every neuron fires at every step: no counter of 8 bits may wrap."""
+    rng = np.random.default_rng(6)
+    nodes: list[Node] = [InputTable("input", np.full((1, 256), 100))]
+    nodes += [Conv("stem", "input", np.ones((64, 1, 1, 1), int), 2), _affine("bn", "stem", 64)]
+    nodes += [_lif("lif", "bn", rng, v_th=0), SumPool("sum", "lif", 17, 17)]
+    network = _network(nodes, InputSpec(1, 17, 17), 64, timesteps=2)
+    pixels = np.zeros((1, 1, 17, 17), np.uint8)
+    check(network, pixels, name, monkeypatch)
+    counts = Engine(network, "reference", 1).run(pixels).activity.spikes_out["lif"]
+    assert counts.tolist() == [64 * 289] * 2
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_no_lif_at_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(2)
     network = _network([_table(4, rng), Flatten("flat", "input")], InputSpec(4, 2, 3), 24, timesteps=40)
@@ -272,6 +287,37 @@ def test_linear_on_pixels_and_wide_streams(name: str, monkeypatch: pytest.Monkey
         nodes += [_lif("lif", "bn", rng, 8, spread, reset="soft", v_soft=v_soft, v_th=v_th)]
         network = _network(nodes, InputSpec(6, 1, 1), 70, timesteps=20)
         check(network, rng.integers(0, 256, (3, 6, 1, 1), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ties_in_a_stream_of_32_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Membranes too far apart for a table of codes: thresholds are found by bisection, and some are hit exactly."""
+    rng = np.random.default_rng(8)
+    for reset in ("hard", "soft"):
+        nodes: list[Node] = [_table(6, rng), Linear("linear", "input", rng.integers(-127, 128, (70, 6)), 8)]
+        nodes += [_affine("bn", "linear", 70, 900, 3)]
+        options = {"reset": reset, "v_soft": 9000 if reset == "soft" else 0, "v_th": 100_000}
+        nodes += [_lif("lif", "bn", rng, 8, 200_000, **options), SumPool("pool", "lif", 1, 1)]
+        network = IntegerNetwork(
+            (*nodes, Readout("readout", "pool", rng.integers(-7, 8, (3, 70)), 4, np.zeros(3, int))),
+            InputSpec(6, 1, 1),
+            5,
+            Grid(12, 64),
+        )
+        pixels = rng.integers(0, 256, (8, 6, 1, 1), np.uint8)
+        first = Engine(network, "reference", 1).run(pixels, trace=True).trace
+        assert first is not None
+        reached = np.unique(first.lifs["lif"].h)
+        assert reached.max() > 1 << 17
+        assert reached.min() < -(1 << 17)
+        lif = network["lif"]
+        assert isinstance(lif, Lif)
+        low = reached[reached < 100_000]
+        thresholds = np.sort(np.where(rng.random(254) < 0.5, rng.choice(low, 254), lif.thresholds))
+        planted = replace(
+            network, nodes=tuple(replace(n, thresholds=thresholds) if n is lif else n for n in network.nodes)
+        )
+        check(planted, pixels, name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ENGINES)
