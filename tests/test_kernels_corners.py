@@ -140,14 +140,17 @@ def test_every_search_and_reset(
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("channels", [3, 17, 66])
-def test_pools_with_padding_before_and_after(name: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("height", [6, 7])
+def test_pools_with_padding_before_and_after(
+    name: str, channels: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Windows that hang over all four edges of planes that are no squares, read by convolutions and a linear layer."""
     rng = np.random.default_rng(channels)
-    spec = InputSpec(2, 6, 9)
+    spec = InputSpec(2, height, 9)
     nodes = head(channels, 2, rng, dense=False)
-    nodes += [MaxPool("max", "lif", 3, 2, 1), SumPool("pool", "lif", 2, 3, 2, 1)]  # (3, 5), and (4, 5)
+    nodes += [MaxPool("max", "lif", 3, 2, 1), SumPool("pool", "lif", 2, 3, 2, 1)]  # (3 or 4, 5), and (4, 5)
     nodes += [
-        Conv("conv_a", "max", rng.integers(-7, 8, (channels, channels, 2, 2)), 4),
+        Conv("conv_a", "max", rng.integers(-7, 8, (channels, channels, height - 4, 2)), 4),
         affine("bn_a", "conv_a", channels, rng),
     ]
     nodes += [
@@ -166,4 +169,19 @@ def test_pools_with_padding_before_and_after(name: str, channels: int, monkeypat
     ]
     nodes += [lif("lif_l", "bn_l", rng, 4)]
     network = close(nodes, spec, 18, 4)
-    check(network, rng.integers(0, 256, (2, 2, 6, 9), np.uint8), name, monkeypatch)
+    check(network, rng.integers(0, 256, (2, 2, height, 9), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("channels", [17, 60, 64, 70])
+def test_every_spike_of_a_lif_that_stands_alone(name: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two LIFs on one stream, so that one is not fused: the convolution that reads it finds its lists full."""
+    rng = np.random.default_rng(channels)
+    spec = InputSpec(2, 4, 7)
+    nodes = [*head(channels, 2, rng, dense=True), lif("alone", "bn", rng, 5, v_th=0)]
+    for source in ("lif", "alone"):
+        conv = Conv(f"conv_{source}", source, rng.integers(-7, 8, (channels, channels, 3, 3)), 4)
+        nodes += [conv, affine(f"bn_{source}", conv.name, channels, rng, 4)]
+    nodes += [Add("add", "bn_lif", "bn_alone"), lif("last", "add", rng), SumPool("sum", "last", 2, 5)]
+    network = close(nodes, spec, channels, 3)
+    check(network, rng.integers(0, 256, (2, 2, 4, 7), np.uint8), name, monkeypatch)
