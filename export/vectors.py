@@ -1,8 +1,8 @@
 """Test vectors: what a hardware team needs to check a design against the integers of a network.
 
-One folder: every weight and table, and for a few samples each layer's input at each step, each LIF's h, s and q, and the
-logits; as .npy and as hex text (one two's-complement word a line, C order, `$readmemh` reads it), with a manifest of names,
-shapes, dtypes, word widths and sha256 sums. The manifest is written last: a folder without one is not complete.
+One folder: every weight and table, and for a few samples each layer's input at each step, each LIF's h, s and q, and
+the logits; as .npy and as hex text (one two's-complement word a line, C order, `$readmemh` reads it), with a manifest
+of names, shapes, dtypes, word widths and sha256 sums. The manifest is written last: a folder without one is incomplete.
 """
 
 from __future__ import annotations

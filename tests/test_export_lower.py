@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from students import drawn_student, plant, seeded_student
 from torch import nn
 
 from mdsnn.export import lower as lowering
@@ -30,6 +29,7 @@ from mdsnn.layers import (
 from mdsnn.layers import Readout as ReadoutLayer
 from mdsnn.models import ms_resnet, vgg
 from planted import assert_same_bits
+from students import drawn_student, plant, seeded_student
 
 TABLES = ["auto", "affine", "dense"]
 

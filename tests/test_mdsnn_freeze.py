@@ -12,7 +12,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from students import Residual, plant, random_student, seeded_student
 from torch import nn
 
 from mdsnn.freeze import freeze, frozen_trace, plan_of, predictions, shortcut_saturation
@@ -36,6 +35,7 @@ from mdsnn.layers import (
 from mdsnn.models import ms_resnet
 from mdsnn.quantizers import quantize_bn
 from planted import SeededChoices
+from students import Residual, plant, random_student, seeded_student
 
 STUDENT = {"weight_bits": 4, "membrane_bits": 4, "bn_bits": 8}
 SIZE = (8, 8)
