@@ -12,6 +12,7 @@ import logging
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -101,7 +102,8 @@ def _in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, .
     try:
         with _interrupts_ignored():
             results = pool(joblib.delayed(function)(*each) for each in arguments)
-        yield from results
+        for result in results:  # noqa: UP028  # `yield from` would close `results` before the pool is stopped
+            yield result
         whole = True
     except TerminatedWorkerError as fault:
         raise EnvironmentFault(
@@ -111,7 +113,8 @@ def _in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, .
         if not whole:  # nobody waits for what still runs
             get_reusable_executor().shutdown(wait=True, kill_workers=True)
             if results is not None:
-                with contextlib.suppress(Exception):
+                with warnings.catch_warnings(), contextlib.suppress(Exception):
+                    warnings.simplefilter("ignore")  # joblib warns of tasks that nobody waited for
                     results.close()
 
 
