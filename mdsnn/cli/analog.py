@@ -97,12 +97,12 @@ def command(
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Numbers of a comma-separated text, none twice.
+    """Numbers of a comma-separated text.
 
     raises  ConfigError  naming `option`
     """
     try:
-        values = tuple(dict.fromkeys(float(word) for word in text.split(",")))
+        values = tuple(float(word) for word in text.split(","))
     except ValueError:
         values = ()
     if not values or not all(map(math.isfinite, values)):
