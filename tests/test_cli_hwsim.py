@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -386,3 +387,18 @@ def test_analog_of_a_lossless_adc_is_the_engine_sample_by_sample() -> None:
     pixels, labels = (np.load(io.BytesIO(artifact.builtin("digits", f"_{what}.npy"))) for what in ("pixels", "labels"))
     right = float(np.mean(Engine(network, "reference", 1).run(pixels).predictions == labels))
     assert found["points"][0]["accuracy"] == found["engine_accuracy"] == right
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_hwsim.py"
+    words = [sys.executable, str(script), "--quick", "--jobs", "1", "--json", str(tmp_path / "b.json")]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["schema"], found["quick"]) == ("mdsnn.bench-hwsim/1", True)
+    assert {name: result["limit_s"] for name, result in found["results"].items()} == {
+        "report": 1.0,
+        "sweep": 60.0,
+        "analog": 60.0,
+    }
+    assert all(result["median_s"] > 0 for result in found["results"].values())
