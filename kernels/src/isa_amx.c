@@ -1,5 +1,7 @@
 /* isa_amx.c: the kernels for x86-64 with AVX-512 and AMX's 8-bit tiles. */
-#if defined(__x86_64__)
+#include "view.h"
+
+#if defined(MDSNN_X86_AMX)
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8")
 #define ISA amx
 #define VECTOR_BYTES 64

@@ -1,5 +1,7 @@
 /* isa_avx2.c: the kernels for x86-64 with AVX2. */
-#if defined(__x86_64__)
+#include "view.h"
+
+#if defined(MDSNN_X86)
 #pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt,fma")
 #define ISA avx2
 #define VECTOR_BYTES 32

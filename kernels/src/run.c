@@ -6,7 +6,7 @@
 
 #include "view.h"
 
-#if defined(__x86_64__)
+#if defined(MDSNN_X86)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -15,9 +15,10 @@
 #endif
 
 void mdsnn_pass_base(const frame *f);
-#if defined(__x86_64__)
+#if defined(MDSNN_X86)
 void mdsnn_pass_avx2(const frame *f);
 void mdsnn_pass_avx512(const frame *f);
+#if defined(MDSNN_X86_AMX)
 void mdsnn_pass_amx(const frame *f);
 
 /* AMX's registers are large: Linux hands them out on request, to the whole process, and its answer is what counts. */
@@ -33,12 +34,13 @@ static int amx_granted(void)
 #endif
 }
 #endif
+#endif
 
 int mdsnn_supported(int isa)
 {
     if (isa == MDSNN_BASE)
         return 1;
-#if defined(__x86_64__)
+#if defined(MDSNN_X86)
     __builtin_cpu_init();
     if (isa == MDSNN_AVX2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
@@ -47,8 +49,10 @@ int mdsnn_supported(int isa)
         return mdsnn_supported(MDSNN_AVX2) && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl");
+#if defined(MDSNN_X86_AMX)
     if (isa == MDSNN_AMX)
         return mdsnn_supported(MDSNN_AVX512) && amx_granted();
+#endif
 #endif
     return 0;
 }
@@ -56,13 +60,15 @@ int mdsnn_supported(int isa)
 void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call)
 {
     void (*pass)(const frame *) = mdsnn_pass_base;
-#if defined(__x86_64__)
+#if defined(MDSNN_X86)
     if (isa == MDSNN_AVX2)
         pass = mdsnn_pass_avx2;
     else if (isa == MDSNN_AVX512)
         pass = mdsnn_pass_avx512;
+#if defined(MDSNN_X86_AMX)
     else if (isa == MDSNN_AMX)
         pass = mdsnn_pass_amx;
+#endif
 #else
     (void)isa;
 #endif

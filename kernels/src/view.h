@@ -12,6 +12,14 @@
 
 #include "mdsnn.h"
 
+/* Which instruction sets are compiled: gcc's target pragma is what sets them, and AMX came with gcc 11. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MDSNN_X86
+#if __GNUC__ >= 11
+#define MDSNN_X86_AMX
+#endif
+#endif
+
 _Static_assert((-3 >> 1) == -2, "the shift of a negative integer must floor");
 
 /* Not inlined: the compiler has registers enough for each part alone, and a profile shows them by name. */
