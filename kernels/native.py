@@ -55,6 +55,7 @@ _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
 _SUM_BYTES = 1 << 17  # sums of a band of tiles
 _COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
+_INPUT_BYTES = 1 << 28  # largest input copied for tiles, or lists of one row: beyond, another method
 _TILE = 16  # outputs a tile holds
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _FLUSH = 8  # rows that must fit 8 bits for 8-bit sums to be worth it
@@ -207,9 +208,12 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
         or not -128 <= proof.ranges[conv.source][0] <= proof.ranges[conv.source][1] <= 127
     ):
         return None
-    if isa_level == "amx":
+    _, height, width = proof.shapes[conv.source]
+    steps = 1 if proof.static[conv.name] else chunk
+    copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * _up(c_in)
+    if isa_level == "amx" and copied <= _INPUT_BYTES:
         return "tiles"
-    entries_fit = proof.shapes[conv.source][2] * kh * _BLOCK * _BLOCK < 2**31
+    entries_fit = width * kh * _BLOCK * _BLOCK < 2**31 and 4 * kh * width * c_in * steps <= _INPUT_BYTES
     if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and entries_fit:
         return "events"
     return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None

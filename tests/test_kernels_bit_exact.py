@@ -107,6 +107,16 @@ def test_small_bands_and_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         check(*seeded_case(seed, max_channels=65, samples=1), name, monkeypatch)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_layers_too_large_for_a_method_take_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [("_INPUT_BYTES", 0), ("_COLUMN_BYTES", 0)]
+    for count in (1, 2):  # then pairs, then the plain kernel
+        for limit, value in limits[:count]:
+            monkeypatch.setattr(native, limit, value)
+        for seed in range(3100, 3115):
+            check(*seeded_case(seed, max_channels=65, samples=1), name, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_stream_ends_where_a_run_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(100, 112):
