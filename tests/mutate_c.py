@@ -56,7 +56,7 @@ FLAGS = ("-std=c11", "-O1", "-fPIC", "-w")
 CHECKED = ("-fsanitize=undefined,bounds-strict", "-fsanitize-undefined-trap-on-error")
 """More flags for a mutant that survives: it runs once more where undefined behaviour and wrong indices trap."""
 BUILDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "base": {"run.c": ("__x86_64__",)},
+    "base": {"run.c": ("MDSNN_X86", "MDSNN_X86_AMX")},
     "portable": {"": ("__x86_64__", "__SSE2__")},
 }
 """Build -> file ("" for all) -> macros of the compiler that it must not see."""
