@@ -5,6 +5,7 @@ kernels/reference.py as one file: planted networks, and those of test_kernels_bi
 tests/arm/replay.c is compiled with the C engine for this machine and for 64-bit ARM, under strict warnings, and replays
 the file here and under qemu: h, s and q of every neuron and step, logits and counts, whole and step by step.
 
+To look for undefined behaviour on ARM: --flag=-fsanitize=undefined --flag=-fsanitize-undefined-trap-on-error.
 Exit status 1 if anything differs. Not a test file; needs gcc, gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and
 qemu-user (Debian's names).
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,10 @@ def emulator() -> str | None:
     return next((path for name in EMULATORS if (path := shutil.which(name))), None)
 
 
-def compile_driver(compiler: str, target: Path, optimize: int, source: Path = SOURCE) -> Path:
-    """The driver with the C engine of folder `source`, as one static program at `target`."""
-    units = [str(source / name) for name in build_native.SOURCES]
-    command = [compiler, *FLAGS, f"-O{optimize}", f"-I{source}", str(DRIVER), *units, "-o", str(target)]
+def compile_driver(compiler: str, target: Path, optimize: int, flags: Sequence[str] = ()) -> Path:
+    """The driver with the C engine, as one static program at `target`; `flags` are further ones of the compiler."""
+    units = [str(SOURCE / name) for name in build_native.SOURCES]
+    command = [compiler, *FLAGS, f"-O{optimize}", *flags, f"-I{SOURCE}", str(DRIVER), *units, "-o", str(target)]
     subprocess.run(command, check=True)
     return target
 
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--planted", type=int, default=40, help="planted networks")
     parser.add_argument("--each", type=int, help="networks of every test of the suites; all if left out")
     parser.add_argument("--optimize", type=int, nargs="+", default=[2, 3], help="optimization levels of the compiler")
+    parser.add_argument("--flag", action="append", default=[], help="a further flag of the compiler: --flag=-march=...")
     parser.add_argument("--file", type=Path, help="also leave the known answers here")
     options = parser.parse_args()
     reason = native.missing() or missing()
@@ -230,7 +232,7 @@ def main() -> int:
         print(f"{file.stat().st_size} bytes of known answers", flush=True)
         for compiler, command in (("gcc", []), (COMPILER, [str(runner)])):
             for optimize in options.optimize:
-                program = compile_driver(compiler, Path(folder, f"{compiler}-{optimize}"), optimize)
+                program = compile_driver(compiler, Path(folder, f"{compiler}-{optimize}"), optimize, options.flag)
                 begun = time.perf_counter()
                 status, said = replay([*command, str(program)], file)
                 print(f"{compiler} -O{optimize}: {said} ({time.perf_counter() - begun:.1f} s)", flush=True)

@@ -10,7 +10,7 @@ import functools
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,11 @@ def cases() -> list[KnownCase]:
 
 
 @pytest.fixture(scope="module")
-def known(cases: list[KnownCase], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def known(cases: list[KnownCase], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("known") / "answers"
     path.write_bytes(image(cases))
-    return path
+    yield path
+    path.unlink()  # pytest keeps the folders of several runs, and this is some 60 MB
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,10 @@ def test_one_wrong_integer_is_found_and_named(
     assert said.endswith(f"{place}: got {right}, want {wrong}")
 
 
-def test_a_file_of_another_build_or_cut_short_is_refused(command: list[str], known: Path, tmp_path: Path) -> None:
-    content, other = known.read_bytes(), tmp_path / "other"
+def test_a_file_of_another_build_or_cut_short_is_refused(
+    command: list[str], cases: list[KnownCase], tmp_path: Path
+) -> None:
+    content, other = image(cases[:1]), tmp_path / "other"
     for at, message in ((0, "not a file of known answers"), (16, "another mdsnn.h"), (32, "another mdsnn.h")):
         changed = bytearray(content)
         struct.pack_into("<q", changed, at, struct.unpack_from("<q", changed, at)[0] + 1)
