@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -20,17 +21,25 @@ import torch
 from torch import Tensor
 
 from mdsnn.kernels.errors import ConfigError, InputError, MissingError
+from mdsnn.kernels.files import read_bounded
 
+from . import archives, events
 from .images import Coding, read_image
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+log = logging.getLogger(__name__)
 
 DIGITS_TEST = 450
 DIGITS_SPLIT = 20251204
 """Random state of the digits' split: fixed, so that an accuracy always speaks of the same 450 images."""
-KNOWN_ELSEWHERE = ("cifar10", "cifar100", "tinyimagenet", "ncaltech101")
-"""Sets of the paper that this version has no reader for."""
+DIGITS_EVENTS = (10, 6)
+"""Side of the made recordings' sensor, in pixels, and how many frames they become: two a saccade."""
+EVENT_SETS = {"ncaltech101": events.FRAMES, "digits-events": DIGITS_EVENTS[1]}
+"""Timesteps that each event set has frames for."""
+TINY_SIDE = 64
+MAX_LISTING = 1 << 24
+"""Bytes of TinyImageNet's val_annotations.txt; the real one has 250 kB."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,8 @@ class Dataset:
     def digest(self) -> str:
         """sha256 over the training samples and labels: a resumed run must see the same ones."""
         state = hashlib.sha256(repr((self.train_x.shape, self.mean, self.std)).encode())
-        state.update(np.ascontiguousarray(self.train_x).tobytes())
-        state.update(np.ascontiguousarray(self.train_y).tobytes())
+        state.update(np.ascontiguousarray(self.train_x).reshape(-1).data)
+        state.update(np.ascontiguousarray(self.train_y).reshape(-1).data)
         return state.hexdigest()
 
 
@@ -98,9 +107,15 @@ def moments(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     A channel of one value only gets std 1, so that the input table stays finite.
     """
-    axes = tuple(axis for axis in range(pixels.ndim) if axis != pixels.ndim - 3)
-    mean = np.atleast_1d(np.mean(pixels, axis=axes, dtype=np.float64)) / 255.0
-    std = np.atleast_1d(np.std(pixels, axis=axes, dtype=np.float64)) / 255.0
+    samples = pixels.reshape(-1, *pixels.shape[-3:])
+    seen = np.zeros((samples.shape[1], 256), np.int64)
+    for begin in range(0, len(samples), 4096):  # a histogram in parts: a large set in float64 would not fit in memory
+        for channel, counts in enumerate(seen):
+            counts += np.bincount(samples[begin : begin + 4096, channel].ravel(), minlength=256)
+    value = np.arange(256) / 255.0
+    share = seen / seen.sum(axis=1, keepdims=True)
+    mean = share @ value
+    std = np.sqrt((share * (value - mean[:, None]) ** 2).sum(axis=1))
     return tuple(round(float(m), 4) for m in mean), tuple(round(float(s), 4) or 1.0 for s in std)
 
 
@@ -174,19 +189,137 @@ def _grey(path: Path) -> bool:
     return bool(np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2]))
 
 
+def cifar(
+    archive: archives.Archive,
+    data_path: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """CIFAR-10 or CIFAR-100 (`archives.CIFAR10`, `archives.CIFAR100`): 3 x 32 x 32, 50,000 and 10,000 images.
+
+    data_path, progress, raises   see `archives.read_cifar`: what is not there is downloaded
+    """
+    train_x, train_y, test_x, test_y, labels = archives.read_cifar(archive, data_path, progress=progress)
+    mean, std = moments(train_x)
+    return Dataset(train_x, train_y, test_x, test_y, mean, std, labels, "image", archive.name, flips=True)
+
+
+def tinyimagenet(data_path: str | os.PathLike[str]) -> Dataset:
+    """TinyImageNet's folders: 3 x 64 x 64, 200 classes of 500 images, and its validation images as the test half.
+
+    data_path  holds tiny-imagenet-200/, or train/WNID/images/* and val/images/* with val/val_annotations.txt itself;
+               classes are in the order of their WordNet numbers, which are their names too; grey images become RGB
+    raises     InputError  for a missing folder, an image named in val_annotations.txt that is not there or has an
+               unknown class, an image of another size, or an unreadable one
+    """
+    root = Path(data_path)
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    if not (root / "train").is_dir():
+        raise InputError(
+            f"{root}: holds no train/ folder. Get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it here"
+        )
+    labels = tuple(sorted(child.name for child in (root / "train").iterdir() if (child / "images").is_dir()))
+    train: list[tuple[int, Path]] = []
+    for label, wnid in enumerate(labels):
+        folder = root / "train" / wnid / "images"
+        train += [(label, path) for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    if not train:
+        raise InputError(f"{root / 'train'}: holds no WNID/images/ folder with images")
+    test = _annotated(root / "val", labels)
+    halves = []
+    for half in (train, test):
+        pixels = np.empty((len(half), 3, TINY_SIDE, TINY_SIDE), np.uint8)
+        for row, (_, path) in zip(pixels, half, strict=True):
+            row[...] = read_image(path, 3, (TINY_SIDE, TINY_SIDE))
+        halves.append((pixels, np.array([label for label, _ in half], np.int64)))
+    (train_x, train_y), (test_x, test_y) = halves
+    mean, std = moments(train_x)
+    return Dataset(train_x, train_y, test_x, test_y, mean, std, labels, "image", "tinyimagenet", flips=True)
+
+
+def _annotated(folder: Path, labels: tuple[str, ...]) -> list[tuple[int, Path]]:
+    """(label, image) of each line `FILE<tab>WNID<tab>box` of val_annotations.txt."""
+    where = folder / "val_annotations.txt"
+    text = read_bounded(where, MAX_LISTING, what="list of validation images").decode("utf-8", errors="replace")
+    number = {wnid: label for label, wnid in enumerate(labels)}
+    found: dict[str, int] = {}
+    for n, line in enumerate(text.splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if not line.strip():
+            continue
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or name in found:
+            raise InputError(f"{where}: line {n}: {name!r:.80} is no file name, or stands twice")
+        if wnid not in number:
+            raise InputError(f"{where}: line {n}: class {wnid!r:.40} is no folder of train/")
+        found[name] = number[wnid]
+    if not found:
+        raise InputError(f"{where}: names no image")
+    return [(label, folder / "images" / name) for name, label in sorted(found.items())]
+
+
+def ncaltech101(data_path: str | os.PathLike[str]) -> Dataset:
+    """N-Caltech101 as 10 frames of 2 x 48 x 48 event counts; see `events.read_ncaltech101`."""
+    train_x, train_y, test_x, test_y, labels = events.read_ncaltech101(data_path)
+    mean, std = moments(train_x)
+    return Dataset(train_x, train_y, test_x, test_y, mean, std, labels, "events", "ncaltech101", flips=True)
+
+
+def digits_events(seed: int = 0) -> Dataset:
+    """MADE events, which no camera recorded: the digits, each moved along N-MNIST's three saccades.
+
+    The split is that of `digits`. Each image, with a black pixel around it, goes through `events.saccades`, and its
+    events become 6 frames, two a saccade: [6, N, 2, 10, 10].
+    seed     of the thresholds and the noise; sample n of the source has a generator of its own
+    raises   MissingError  if scikit-learn is not installed
+    """
+    log.info("digits-events: made from scikit-learn's digits by simulated saccades; no camera recorded them")
+    source = digits()
+    side, frames = DIGITS_EVENTS
+    halves = []
+    for half, pixels in enumerate((source.train_x, source.test_x)):
+        out = np.empty((frames, len(pixels), 2, side, side), np.uint8)
+        border = (side - pixels.shape[-1]) // 2
+        for n, image in enumerate(np.pad(pixels[:, 0], ((0, 0), (border, border), (border, border)))):
+            made = events.saccades(image, np.random.default_rng([seed, half, n]))
+            out[:, n] = events.integrate(made, frames, side, side)
+        halves.append(out)
+    mean, std = moments(halves[0])
+    return Dataset(
+        halves[0], source.train_y, halves[1], source.test_y, mean, std, source.labels, "events", "digits-events"
+    )
+
+
 def _digits(data_path: str | os.PathLike[str] | None) -> Dataset:
     return digits()
 
 
-def _imagefolder(data_path: str | os.PathLike[str] | None) -> Dataset:
-    if data_path is None:
-        raise ConfigError("data 'imagefolder' needs data_path (--data-path), the folder that holds train/ and test/")
-    return imagefolder(data_path)
+def _digits_events(data_path: str | os.PathLike[str] | None) -> Dataset:
+    return digits_events()
 
 
+def _needs_path(
+    name: str, reader: Callable[[str | os.PathLike[str]], Dataset], what: str
+) -> Callable[[str | os.PathLike[str] | None], Dataset]:
+    def read(data_path: str | os.PathLike[str] | None) -> Dataset:
+        if data_path is None:
+            raise ConfigError(f"data '{name}' needs data_path (--data-path), {what}")
+        return reader(data_path)
+
+    return read
+
+
+_ARCHIVE = "the folder that holds the python archive, packed or not, or that it is downloaded into"
 DATASETS: dict[str, Callable[[str | os.PathLike[str] | None], Dataset]] = {
     "digits": _digits,
-    "imagefolder": _imagefolder,
+    "digits-events": _digits_events,
+    "imagefolder": _needs_path("imagefolder", imagefolder, "the folder that holds train/ and test/"),
+    "cifar10": _needs_path("cifar10", lambda path: cifar(archives.CIFAR10, path), _ARCHIVE),
+    "cifar100": _needs_path("cifar100", lambda path: cifar(archives.CIFAR100, path), _ARCHIVE),
+    "tinyimagenet": _needs_path("tinyimagenet", tinyimagenet, "the folder that holds tiny-imagenet-200/"),
+    "ncaltech101": _needs_path(
+        "ncaltech101", ncaltech101, f"the folder that holds {events.FRAMES_FOLDER}/ or Caltech101/"
+    ),
 }
 """Readers by name; each takes data_path or None. A set of your own is one entry more."""
 
@@ -198,23 +331,19 @@ def unknown(what: str, name: str, choices: Collection[str]) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return `name` in lower case if `load` knows it; raises ConfigError, with the nearest name, if not."""
-    key = str(name).lower()
-    if key in DATASETS:
-        return key
-    choices = sorted(DATASETS)
-    if key.replace("-", "").replace("_", "") in KNOWN_ELSEWHERE:
-        raise ConfigError(
-            f"data {name!r} has no reader in this version; available are {', '.join(choices)}"
-            " (imagefolder reads your own files)"
-        )
-    raise ConfigError(unknown("data", key, choices))
+    """The key of `DATASETS` that `name` means, whatever its case, dashes or underscores; else ConfigError."""
+    plain = {key.replace("-", ""): key for key in DATASETS}
+    key = plain.get(str(name).lower().replace("-", "").replace("_", ""))
+    if key is None:
+        raise ConfigError(unknown("data", str(name).lower(), sorted(DATASETS)))
+    return key
 
 
 def load(name: str, data_path: str | os.PathLike[str] | None = None) -> Dataset:
-    """The data set called `name`: "digits" (needs no files) or "imagefolder" (reads data_path).
+    """The data set called `name`, a key of `DATASETS`; "digits" and "digits-events" need no files (docs/data.md).
 
-    raises  ConfigError for an unknown name; what the reader raises (InputError, MissingError, StorageError)
+    raises  ConfigError for an unknown name, or no data_path where one is needed; what the reader raises (InputError,
+            MissingError, StorageError)
     """
     return DATASETS[check_name(name)](data_path)
 

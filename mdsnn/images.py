@@ -144,7 +144,7 @@ def read_npy(path: str | os.PathLike[str]) -> Pixels:
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path}: not a regular file; an .npy file was expected")
         with open(path, "rb") as stream:
-            dtype, fortran, shape, start = _header(path, stream)
+            dtype, fortran, shape, start = npy_header(path, stream)
             count = 1
             for length in shape:
                 count *= length
@@ -169,8 +169,8 @@ def read_npy(path: str | os.PathLike[str]) -> Pixels:
     return np.ascontiguousarray(array)
 
 
-def _header(path: str | os.PathLike[str], stream: BinaryIO) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
-    """Parse an .npy header (format 1.0 or 2.0): dtype, Fortran order, shape, and where the data starts."""
+def npy_header(path: str | os.PathLike[str], stream: BinaryIO) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
+    """An .npy header (format 1.0 or 2.0): dtype, Fortran order, shape, and where the data starts. Else InputError."""
     lead = stream.read(8)
     if not lead:
         raise InputError(f"{path}: empty; an .npy file was expected")

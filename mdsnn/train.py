@@ -201,6 +201,11 @@ class _Run:
         for name in (LAST, FINAL):
             check_writable(self.folder / name, force=resume or force)
         self.data = datasets.load(config.data, config.data_path) if data is None else data
+        if self.data.coding == "events" and config.timesteps > len(self.data.train_x):
+            raise ConfigError(
+                f"timesteps = {config.timesteps}: the recordings of '{self.data.name}' are {len(self.data.train_x)}"
+                " frames long. Lower timesteps (--time-window)"
+            )
         self.generator = torch.Generator().manual_seed(config.seed)
         teacher, teacher_digest = _teacher(config, self.data)
         self.config = _resolve(config, teacher)

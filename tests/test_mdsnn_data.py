@@ -35,15 +35,16 @@ def test_digits_train_and_test_hold_the_source_once_each():
 
 
 def test_an_unknown_name_lists_the_choices_and_the_nearest():
-    with pytest.raises(
-        ConfigError, match=r"unknown data 'digitz'; choose from digits, imagefolder. Did you mean 'digits'"
-    ):
+    choices = "cifar10, cifar100, digits, digits-events, imagefolder, ncaltech101, tinyimagenet"
+    with pytest.raises(ConfigError, match=f"unknown data 'digitz'; choose from {choices}. Did you mean 'digits'"):
         data.load("digitz")
-    with pytest.raises(ConfigError, match="'CIFAR10' has no reader in this version; available are digits, imagefolder"):
+    with pytest.raises(ConfigError, match="data 'cifar10' needs data_path"):
         data.load("CIFAR10")
     with pytest.raises(ConfigError, match="needs data_path"):
         data.load("imagefolder")
     assert data.check_name("Digits") == "digits"
+    for name in ("CIFAR10", "CIFAR100", "TinyImagenet", "ncaltech101", "digits-events", "digits_events"):
+        assert data.check_name(name) == name.lower().replace("_", "-")
 
 
 def test_moments_are_per_channel_and_never_0():

@@ -175,7 +175,7 @@ def read_data(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
     """Pixels that `network` takes, and their labels where the source has them.
 
-    data   builtin:digits (64 test digits in the package), a data set (digits, imagefolder), or an .npy file
+    data   builtin:digits (64 test digits in the package), a data set (`mdsnn.data.load`), or an .npy file
     limit  at most so many samples
     """
     import numpy as np
@@ -201,6 +201,8 @@ def read_data(
     sample = (spec.channels, spec.height, spec.width)
     if tuple(pixels.shape[-3:]) != sample:
         raise InputError(f"{data}: its samples are {tuple(pixels.shape[-3:])}, this network takes {sample}")
+    if pixels.ndim == 5 and not data.endswith(".npy"):
+        pixels = pixels[: network.timesteps]  # a network of fewer steps sees the first frames, as it was trained
     if limit is not None:
         pixels = pixels[:, :limit] if pixels.ndim == 5 else pixels[:limit]
         labels = None if labels is None else labels[:limit]

@@ -29,8 +29,15 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
     show_default=True,
     help="original: the full-precision teacher; student: quantized alone; qamd: distilled from --teacher-path.",
 )
-@click.option("--data", default="digits", show_default=True, help="The data set: digits, imagefolder.")
-@click.option("--data-path", help="Where the data set lies (imagefolder: train/CLASS/*, test/CLASS/*).")
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    help="digits, digits-events, imagefolder, CIFAR10, CIFAR100, TinyImagenet or ncaltech101.",
+)
+@click.option(
+    "--data-path", help="Where its files lie (imagefolder: train/CLASS/*, test/CLASS/*; others: docs/data.md)."
+)
 @click.option("--teacher-path", help="The teacher's checkpoint, for qamd.")
 @click.option("--save-path", callback=not_empty, help="The run's folder. Default: runs/DATA-SETTING.")
 @click.option("--model", help="ms_resnet or vgg.")
