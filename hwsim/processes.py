@@ -93,7 +93,6 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def _in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
     joblib = _joblib()
-    from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     pool = joblib.Parallel(n_jobs=jobs, backend="loky", batch_size=1, return_as="generator_unordered")
@@ -102,7 +101,7 @@ def _in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, .
     try:
         with _interrupts_ignored():
             results = pool(joblib.delayed(function)(*each) for each in arguments)
-        for result in results:  # noqa: UP028  # `yield from` would close `results` before the pool is stopped
+        for result in results:  # noqa: UP028  # `yield from` would close `results` outside the block that silences it
             yield result
         whole = True
     except TerminatedWorkerError as fault:
@@ -110,12 +109,10 @@ def _in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, .
             "a process of the pool was killed, perhaps for want of memory; use fewer (--jobs)"
         ) from fault
     finally:
-        if not whole:  # nobody waits for what still runs
-            get_reusable_executor().shutdown(wait=True, kill_workers=True)
-            if results is not None:
-                with warnings.catch_warnings(), contextlib.suppress(Exception):
-                    warnings.simplefilter("ignore")  # joblib warns of tasks that nobody waited for
-                    results.close()
+        if results is not None and not whole:  # nobody waits for what still runs: joblib ends its processes
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # and would warn of tasks that nobody waited for
+                results.close()
 
 
 def _on_dask(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], scheduler: str) -> Iterator[Any]:
