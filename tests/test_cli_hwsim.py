@@ -363,7 +363,9 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert killed.code == -signal.SIGKILL
     more = read_points(output, axes, analog=True)
     assert len(done) < len(more) <= 15
-    assert [point for point in more if point in done] == done
+    for point in (*done, *more):
+        point.pop("pareto")  # it is filled in, and points are put in order, when the last one is there
+    assert [point for point in done if point not in more] == []
     assert call(*SLOW, "-o", output, "--resume").code == 0
     assert call(*SLOW, "-o", whole).code == 0
     assert output.read_bytes() == whole.read_bytes()

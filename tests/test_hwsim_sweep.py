@@ -46,6 +46,7 @@ from mdsnn.hwsim.sweep import (
 )
 from mdsnn.kernels.errors import ConfigError, EnvironmentFault, InputError, StorageError
 from planted import seeded_case
+from tasks import die, fail, nap
 
 CHIP = load_chip("fefet32")
 WORKLOAD = ms_resnet(18, (2, 16, 16), 2)
@@ -341,11 +342,6 @@ def test_a_dask_cluster_that_loses_a_worker_loses_and_doubles_nothing(
     assert read_points(path, axes, analog=True) == kept
 
 
-def nap(number: int) -> int:
-    time.sleep(0.05)
-    return number
-
-
 def test_a_cluster_that_goes_away_is_one_clear_fault(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GONE_SECONDS", 2.0)
     cluster.wait(2)
@@ -363,18 +359,6 @@ def test_a_cluster_that_goes_away_is_one_clear_fault(cluster: Cluster, monkeypat
     monkeypatch.setattr(processes, "CONNECT_SECONDS", 1)
     with pytest.raises(EnvironmentFault, match="no Dask scheduler answered within 1 s"):
         list(run_tasks(time.sleep, [(0.0,)], scheduler=cluster.address))
-
-
-def fail(number: int) -> int:
-    if number == 2:
-        raise ConfigError("two")
-    return number
-
-
-def die(number: int) -> int:
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
 
 
 def test_processes_return_every_result_once_and_faults_come_through() -> None:
