@@ -238,8 +238,8 @@ def _faults(config: TrainConfig) -> list[str]:
 def recipe(data: str = "digits", setting: str = "original", **changes: Any) -> TrainConfig:
     """The default recipe of a data set and setting, with `changes` (fields of TrainConfig) applied.
 
-    "digits" trains in about a minute on two cores, "digits-events" in a few; everything else starts from MS-ResNet-18
-    and 200 epochs (MD-SNN section V; its optimizer is not published, ours is SGD with a cosine). Event sets get as many
+    "digits" and "digits-events" train in about a minute on two cores; everything else starts from MS-ResNet-18 and 200
+    epochs (MD-SNN section V; its optimizer is not published, ours is SGD with a cosine). Event sets get as many
     timesteps as they have frames.
     raises  ConfigError  for an unknown field, with the nearest name, or a value out of range
     """

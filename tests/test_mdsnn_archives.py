@@ -180,6 +180,14 @@ def test_a_damaged_pickle_is_read_or_refused_never_more(at, byte, cut, cutting):
     assert not cutting or cut == len(SMALL)
 
 
+def test_a_pickle_may_not_make_more_than_it_needs(monkeypatch):
+    monkeypatch.setattr(archives, "MAX_OPCODES", 50)
+    lists = b"}U\x01l](" + b"]" * 43 + b"es."
+    with pytest.raises(InputError, match="byte 52: more than 50 steps"):
+        archives.plain_pickle(lists.replace(b"(]]", b"(]]]]]"), "x")
+    assert len(archives.plain_pickle(lists, "x")["l"]) == 43
+
+
 def test_nested_values_do_not_exhaust_the_stack():
     deep = b"}U\x04data" + b"N" + b"\x85" * 200_000 + b"s."
     assert type(archives.plain_pickle(deep, "x")["data"]) is tuple

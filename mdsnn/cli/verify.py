@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", help="The student the artifact was exported from; the executor 'torch' runs it, frozen.")
 @click.option("--onnx", help="Check this ONNX file: its logits, and its h, s and q if it has these outputs.")
 @click.option(
-    "--data", default="digits", show_default=True, help="digits, imagefolder, builtin:digits, or an .npy file."
+    "--data",
+    default="digits",
+    show_default=True,
+    help="A data set as in `mdsnn train`, builtin:digits, or an .npy file.",
 )
 @click.option("--data-path", help="Where the data set lies, for those that need it.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many samples; default: all.")
