@@ -10,6 +10,7 @@ all that it was computed from besides its settings, so that points of another sw
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -360,7 +361,11 @@ FORMATS: Final = (".csv", ".jsonl")
 
 def write_points(path: str | Path, rows: Sequence[Mapping[str, Any]], *, force: bool = False) -> None:
     """Write points as CSV or JSON Lines, as the name says."""
-    write_text(path, (sweep_csv if str(path).endswith(".csv") else to_json_lines)(rows), force=force)
+    write_text(path, _text_of(path, rows), force=force)
+
+
+def _text_of(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    return (sweep_csv if str(path).endswith(".csv") else to_json_lines)(rows)
 
 
 def read_points(path: str | Path, axes: Mapping[str, Sequence[Value]], *, analog: bool = False) -> list[dict[str, Any]]:
@@ -486,11 +491,19 @@ class PointFile:
         if not self._dirty:
             return
         start = time.monotonic()
-        write_points(self.path, self._rows, force=self._force)
-        self._force, self._dirty = True, False
+        self._write(self._rows)
         self._due = time.monotonic() + max(self._seconds, 20 * (time.monotonic() - start))
 
     def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the finished sweep: in order, and with the Pareto front."""
-        write_points(self.path, rows, force=self._force)
-        self._force, self._dirty = True, False
+        self._write(rows)
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            write_points(self.path, rows, force=self._force)
+            self._force, self._dirty = True, False
+        except BaseException:
+            # an interrupt may come when the file is in place already: then it is ours to replace
+            with contextlib.suppress(OSError):
+                self._force = self._force or self.path.read_bytes() == _text_of(self.path, rows).encode()
+            raise

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from mdsnn.export import artifact
 from mdsnn.hwsim import processes
+from mdsnn.hwsim import sweep as sweeping
 from mdsnn.hwsim.activity import load_of, measure, uniform
 from mdsnn.hwsim.config import load_chip
 from mdsnn.hwsim.cost import physical_cost, prepare
@@ -216,6 +217,38 @@ def test_a_point_file_keeps_replaces_and_resumes(tmp_path: Path) -> None:
     assert len(read_points(path, AXES)) == 1
     with pytest.raises(ConfigError, match=r"\.csv or \.jsonl"):
         PointFile(tmp_path / "points.xls", AXES)
+
+
+@ENDINGS
+def test_an_interrupt_in_a_write_leaves_a_file_that_can_be_written_again(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sweep(WORKLOAD, CHIP, AXES, uniform_loads(WORKLOAD, 0.1))
+    write = sweeping.write_text
+    for late in (False, True):
+        path = tmp_path / f"{late}{ending}"
+        file = PointFile(path, AXES, seconds=1000.0)
+        file.keep(rows[:2])
+
+        def interrupted(*arguments: Any, late: bool = late, **keywords: Any) -> None:
+            if late:
+                write(*arguments, **keywords)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sweeping, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            file.save()
+        monkeypatch.setattr(sweeping, "write_text", write)
+        assert path.exists() == late
+        file.keep(rows[2:3])
+        file.save()
+        assert len(read_points(path, AXES)) == 3
+    other = PointFile(tmp_path / f"other{ending}", AXES, seconds=1000.0)
+    other.keep(rows[:2])
+    (tmp_path / f"other{ending}").write_text("of somebody else, made meanwhile")
+    for _ in range(2):
+        with pytest.raises(StorageError, match="exists and is kept"):
+            other.save()
 
 
 def test_points_of_another_sweep_are_not_taken() -> None:
