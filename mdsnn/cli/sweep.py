@@ -220,7 +220,7 @@ def run(
 
 def _kept(file: PointFile | None, reached: int, count: int) -> str:
     """Write what is done, and say how to go on."""
-    if reached == 0:
+    if not (reached if file is None else file.count):
         return ""
     if file is None:
         return f"; {reached} of {count} points were done and are lost, for no -o FILE was named"
