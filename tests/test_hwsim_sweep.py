@@ -394,6 +394,15 @@ def test_a_cluster_that_goes_away_is_one_clear_fault(cluster: Cluster, monkeypat
         list(run_tasks(time.sleep, [(0.0,)], scheduler=cluster.address))
 
 
+def test_a_cluster_of_one_core_computes_on_its_worker() -> None:
+    pytest.importorskip("distributed")
+    with contextlib.ExitStack() as stack:
+        cluster = Cluster(stack, workers=1)
+        cluster.wait(1)
+        found = set(run_tasks(os.getppid, [() for _ in range(3)], scheduler=cluster.address))
+        assert found == {os.getpid()}  # its parent is this process
+
+
 def test_processes_return_every_result_once_and_faults_come_through() -> None:
     assert sorted(run_tasks(fail, [(n,) for n in (0, 1, 3, 4)], jobs=2)) == [0, 1, 3, 4]
     for jobs in (1, 2):
