@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mdsnn.kernels.container import DIGEST, MAX_FILE, canonical_json, pack, unpack
+from mdsnn.kernels.container import MAX_FILE, canonical_json, pack, unpack
 from mdsnn.kernels.errors import ArtifactError, FormatError, InputError, NetworkError
 from mdsnn.kernels.files import read_bounded, write_bytes
 from mdsnn.kernels.formats import Array, Grid, check_bits, narrowest, pack_nibbles, unpack_nibbles
@@ -292,7 +292,6 @@ def builtin(name: str, suffix: str) -> bytes:
 
 __all__ = [
     "BUILTIN",
-    "DIGEST",
     "FORMAT_VERSION",
     "LayerSize",
     "builtin",
