@@ -12,7 +12,7 @@ from .activity import Activity, Load, load_activity, measure, save_activity, uni
 from .config import Chip, Constant, chip_schema, load_chip, shipped_chips
 from .cost import physical_cost, prepare, spikesim_cost
 from .crossbar import AdcAccuracy, AnalogAccuracy, CrossbarNetwork, Devices, adc_accuracy, analog_accuracy, analog_grid
-from .mapping import Workload, from_network, ms_resnet, named_workload, network_digest
+from .mapping import Workload, from_network, ms_resnet, named_workload
 from .report import Report, build_report, render_html, summary, to_csv
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "measure",
     "ms_resnet",
     "named_workload",
-    "network_digest",
     "physical_cost",
     "prepare",
     "render_html",

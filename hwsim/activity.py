@@ -3,7 +3,7 @@
 `measure` runs a network on samples, and counts for every weight layer and step how many inputs were not 0, how often
 each row was driven, how many row tiles had anything to do, and at how many output positions; and for every neuron
 population how many spikes it sent. An input of several bits is applied bit plane by bit plane (two's complement), and
-every plane counts. The counts carry the network's digest, so that they cannot be used for another network.
+every plane counts. The counts carry the artifact's digest, so that they cannot be used for another network.
 `uniform` gives the expected counts of independent inputs of one density instead, for exploring without a network.
 """
 
@@ -30,7 +30,7 @@ from mdsnn.kernels.network import IntegerNetwork, Lif, Readout
 
 from .mapping import Layer, Workload, from_network, row_tiles
 
-SCHEMA: Final = "mdsnn.activity/1"
+SCHEMA: Final = "mdsnn.activity/2"
 MAX_FILE: Final = 256 * 1024 * 1024
 MAX_MEMBERS: Final = 50_000
 _COUNTS: Final = ("inputs", "rows", "visits", "patches", "sites")
@@ -60,7 +60,7 @@ class LayerActivity:
 class Activity:
     """Counts over `samples` samples. layers by node name; spikes: LIF name -> (T,); pools: pool name -> inputs not 0.
 
-    digest          of the network they were measured on (mapping.network_digest)
+    digest          of the network they were measured on (export.artifact.digest)
     rows, scheme    crossbar rows and mapping scheme that the tiles were counted for
     source          what the samples were, for the report
     """
@@ -487,7 +487,7 @@ def _read_npy(raw: bytes, where: str) -> Array:
 
 
 def _head(raw: Array | None, where: str) -> dict[str, Any]:
-    fault = InputError(f"{where}: has no header of schema {SCHEMA}; it is no activity file, or of another version")
+    fault = InputError(f"{where}: has no header of schema {SCHEMA}; it is no activity file")
     if raw is None or raw.dtype != np.uint8 or raw.ndim != 1:
         raise fault
     try:
@@ -505,8 +505,10 @@ def _head(raw: Array | None, where: str) -> dict[str, Any]:
         "populations": list,
         "pools": list,
     }
-    if type(head) is not dict or head.get("schema") != SCHEMA or set(head) != {*kinds, "schema"}:
+    if type(head) is not dict or set(head) != {*kinds, "schema"}:
         raise fault
+    if head["schema"] != SCHEMA:
+        raise InputError(f"{where}: is of schema {head['schema']!r:.60}; {SCHEMA} was expected; measure it again")
     for key, kind in kinds.items():
         if type(head[key]) is not kind:
             raise InputError(f"{where}: header {key} = {head[key]!r:.60} is no {kind.__name__}")

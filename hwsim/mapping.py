@@ -13,16 +13,15 @@ per group of a grouped convolution; groups that fit a crossbar together share on
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from mdsnn.export.artifact import digest
 from mdsnn.kernels.errors import ConfigError, NetworkError
 from mdsnn.kernels.formats import EVENT_RANGE, Array
 from mdsnn.kernels.network import (
@@ -139,7 +138,10 @@ class StreamOp:
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What the cost models need of a network. `digest` names the network its activity must come from."""
+    """What the cost models need of a network.
+
+    digest  the artifact's (export.artifact.digest), which its activity carries too; "" without a network
+    """
 
     name: str
     layers: tuple[Layer, ...]
@@ -159,26 +161,6 @@ class Workload:
     def ops(self) -> int:
         """Dense operations of a sample, 2*MACs, each layer counted as often as it runs."""
         return sum(2 * layer.macs * layer.steps for layer in self.layers)
-
-
-def network_digest(network: IntegerNetwork) -> str:
-    """sha256 over everything an engine reads of a network: nodes, tables, input, T and grid; labels and notes not."""
-    digest = hashlib.sha256(b"mdsnn.network/1")
-    spec = network.input
-    head = [spec.channels, spec.height, spec.width, spec.coding, network.timesteps]
-    digest.update(json.dumps([*head, network.grid.frac_bits, network.grid.clip]).encode())
-    for node in network.nodes:
-        plain: dict[str, object] = {"type": type(node).__name__}
-        for entry in fields(node):
-            value = getattr(node, entry.name)
-            if isinstance(value, np.ndarray):
-                plain[entry.name] = [str(value.dtype), list(value.shape)]
-            else:
-                plain[entry.name] = value
-        digest.update(json.dumps(plain, sort_keys=True).encode())
-        for attribute in sorted(node.ARRAYS):
-            digest.update(np.ascontiguousarray(getattr(node, attribute)).tobytes())
-    return digest.hexdigest()
 
 
 def input_planes(low: int, high: int) -> int:
@@ -249,7 +231,7 @@ def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
         (network.input.channels, network.input.height, network.input.width),
         network.input.coding,
         table_bits,
-        network_digest(network),
+        digest(network),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -70,7 +71,6 @@ from mdsnn.hwsim.mapping import (
     map_layer,
     ms_resnet,
     named_workload,
-    network_digest,
     row_tiles,
 )
 from mdsnn.hwsim.report import build_report, number, render_html, summary, to_csv
@@ -275,7 +275,7 @@ def test_activity_survives_its_file(
 def test_activity_of_another_network_is_refused(tmp_path: Path, case: Any, activity: Activity) -> None:
     network, _ = case
     other = replace(network, nodes=tuple(bump(node) for node in network.nodes))
-    assert network_digest(other) != network_digest(network)
+    assert artifact.digest(other) != artifact.digest(network)
     save_activity(tmp_path / "a.npz", activity)
     with pytest.raises(InputError, match="measured on network"):
         load_activity(tmp_path / "a.npz", other)
@@ -288,14 +288,12 @@ def bump(node: Any) -> Any:
     return replace(node, v_th=node.v_th + 1) if isinstance(node, Lif) else node
 
 
-def test_the_digest_ignores_labels_and_notes_only(case: Any) -> None:
+def test_activity_and_report_carry_the_artifacts_digest(tmp_path: Path, case: Any, activity: Activity) -> None:
     network, _ = case
-    assert network_digest(replace(network, notes={"a": "b"})) == network_digest(network)
-    weighted = next(node for node in network.nodes if isinstance(node, Conv))
-    weight = weighted.weight.copy()
-    weight.flat[0] = -weight.flat[0] if weight.flat[0] else 1
-    nodes = tuple(replace(weighted, weight=weight) if node is weighted else node for node in network.nodes)
-    assert network_digest(replace(network, nodes=nodes)) != network_digest(network)
+    artifact.save(network, tmp_path / "n.mdsnn")
+    named = hashlib.sha256((tmp_path / "n.mdsnn").read_bytes()).hexdigest()
+    assert activity.digest == from_network(network).digest == named
+    assert build_report(artifact.load(tmp_path / "n.mdsnn"), activity).network["digest"] == named
 
 
 def rewrite(path: Path, change: dict[str, np.ndarray | None], head: dict[str, Any] | None = None) -> None:
@@ -331,6 +329,7 @@ def rewrite(path: Path, change: dict[str, np.ndarray | None], head: dict[str, An
         ({}, {"pools": [["x"]]}, "no pair"),
         ({}, {"source": "a\nb"}, "printable"),
         ({}, {"more": 1}, "no header"),
+        ({}, {"schema": "mdsnn.activity/1"}, "is of schema 'mdsnn.activity/1'.*measure it again"),
         ({}, {"rows": 7}, "was expected|is outside"),
     ],
 )
@@ -1165,7 +1164,7 @@ def test_names_from_a_hostile_file_stay_text(case: Any, activity: Activity) -> N
     nodes = tuple(renamed(node, first.name, evil) for node in network.nodes)
     other = replace(network, nodes=nodes)
     layers = {evil if name == first.name else name: entry for name, entry in activity.layers.items()}
-    moved = replace(activity, digest=network_digest(other), layers=layers)
+    moved = replace(activity, digest=artifact.digest(other), layers=layers)
     page = page_of(render_html(build_report(other, moved, title="=cmd()<b>")))
     assert page.counts["script"] == 1
     assert page.counts["b"] == 6  # the cards'
