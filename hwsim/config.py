@@ -308,7 +308,7 @@ def load_chip(chip: str | Path) -> Chip:
         return _load_shipped(text)
     if not text.endswith(".toml"):
         raise ConfigError(
-            f"chip {text!r} is none of {', '.join(shipped)}{_nearest(text, shipped)}, and no file named *.toml"
+            f"chip {text!r} is none of {', '.join(shipped)} and no path of a .toml file{_nearest(text, shipped)}"
         )
     try:
         content = read_bounded(chip, MAX_CHIP_BYTES, what="chip file")

@@ -81,7 +81,7 @@ class AdcCheck:
     full_scale     rows * top level: what any codes could reach, in levels
     stored_scale   largest column sum the stored codes can reach with all rows active; None without codes
     needed_bits    for full_scale         stored_bits   for stored_scale
-    bits           what the chip has
+    bits           what the chip has; None where it states no resolution, and then there are no errors either
     clip_error     largest error of one conversion if it clips, in levels (of the stored scale where known)
     round_error    largest error of one conversion if it scales, in levels
     """
@@ -91,20 +91,35 @@ class AdcCheck:
     stored_scale: int | None
     needed_bits: int
     stored_bits: int | None
-    bits: int
-    clip_error: int
-    round_error: float
+    bits: int | None
+    clip_error: int | None
+    round_error: float | None
 
     @property
-    def lossless(self) -> bool:
-        """Whether every reachable sum converts exactly."""
-        return (self.stored_bits if self.stored_bits is not None else self.needed_bits) <= self.bits
+    def reach(self) -> int:
+        """Largest sum that occurs, in levels: the stored scale where it is known."""
+        return self.full_scale if self.stored_scale is None else self.stored_scale
+
+    @property
+    def enough_bits(self) -> int:
+        """Bits of the smallest lossless ADC: for `reach`."""
+        return lossless_bits(self.reach)
+
+    @property
+    def lossless(self) -> bool | None:
+        """Whether every reachable sum converts exactly; None without a resolution."""
+        return None if self.bits is None else self.enough_bits <= self.bits
 
 
-def check_adc(rows: int, top_level: int, stored_scale: int | None, bits: int) -> AdcCheck:
+def check_adc(rows: int, top_level: int, stored_scale: int | None, bits: int | None) -> AdcCheck:
     """The lossless check of one layer; see AdcCheck."""
     full = rows * top_level
     reach = full if stored_scale is None else stored_scale
+    if bits is None:
+        clip_error, round_error = None, None
+    else:
+        clip_error = max(0, reach - ((1 << bits) - 1))
+        round_error = 0.0 if reach < (1 << bits) else adc_step(reach, bits, "scale") / 2
     return AdcCheck(
         rows,
         full,
@@ -112,6 +127,6 @@ def check_adc(rows: int, top_level: int, stored_scale: int | None, bits: int) ->
         lossless_bits(full),
         None if stored_scale is None else lossless_bits(stored_scale),
         bits,
-        max(0, reach - ((1 << bits) - 1)),
-        0.0 if reach < (1 << bits) else adc_step(reach, bits, "scale") / 2,
+        clip_error,
+        round_error,
     )

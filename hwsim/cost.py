@@ -655,6 +655,10 @@ def _delay(prepared: Prepared, delays: Mapping[str, float], schedule: str, overl
     return delays[slowest] + sum(fill.values()) - fill[slowest]
 
 
+PRESET_CELL_BITS = 4
+"""Bits of a cell in the spikesim recipe of `presets`; the estimator itself knows no bits."""
+
+
 def presets(
     workload: Workload, chip: Chip, load: Load | None = None, base_bits: int = 4
 ) -> dict[str, dict[str, float]]:
@@ -669,7 +673,10 @@ def presets(
         if load is None:
             chip.require("spikesim")
             layers = spikesim_layers(workload)
-            low, high = (spikesim_cost(layers, workload.timesteps, chip, slices=-(-b // 4)) for b in (base_bits, bits))
+            low, high = (
+                spikesim_cost(layers, workload.timesteps, chip, slices=-(-b // PRESET_CELL_BITS))
+                for b in (base_bits, bits)
+            )
             energy = high.totals.energy / low.totals.energy
             area = high.tiles / low.tiles
             delay = 1.0

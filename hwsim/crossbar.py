@@ -511,11 +511,11 @@ def analog_accuracy(
 def lossless_check(workload: Workload, chip: Chip, bits: int | None = None) -> dict[str, AdcCheck]:
     """The lossless check of every layer, with the largest column sum its stored codes can reach.
 
-    bits  None: the chip's ADC
+    bits  None: the chip's ADC, if it states one
     """
     cell_bits, coding = chip.integer("cell.bits"), chip.choice("mapping.coding")
     rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
-    adc_bits = chip.integer("adc.bits") if bits is None else bits
+    adc_bits = chip.integer("adc.bits") if bits is None and "adc.bits" in chip.constants else bits
     checks: dict[str, AdcCheck] = {}
     for layer in workload.layers:
         tile, used = row_tiles(layer, rows, scheme)

@@ -21,11 +21,12 @@ from mdsnn.kernels.network import IntegerNetwork
 
 from .activity import Activity, Load, load_of
 from .config import KEYS, Chip, load_chip
-from .converters import AdcCheck
+from .converters import AdcCheck, lossless_bits
 from .cost import (
     OWN,
     PAPER_FIG3,
     PRECISIONS,
+    PRESET_CELL_BITS,
     SCHEDULES,
     PhysicalCost,
     Precision,
@@ -82,7 +83,7 @@ class Report:
     floorplan: dict[str, Any] | None
     precisions: list[dict[str, Any]]
     paper: dict[str, Any]
-    adc: dict[str, Any] | None
+    adc: dict[str, Any]
     energies: dict[str, Any] | None
     shares: list[dict[str, Any]]
     sensitivity: list[dict[str, Any]]
@@ -320,6 +321,7 @@ def _physical_report(
             }
         )
     energies = three_energies(cost, chip)
+    beside = _precisions(workload, load, chip, cost, checks, precisions, compare)
     return Report(
         title or f"{workload.name} on {chip.name}",
         _network(workload),
@@ -339,9 +341,9 @@ def _physical_report(
         layers,
         _populations(workload, load),
         _floorplan(prepared.plan, prepared.mapped, chip),
-        _precisions(workload, load, chip, cost, checks, precisions, compare),
+        beside,
         _paper(chip, "physical"),
-        _adc(checks, chip, adc),
+        _adc(checks, chip, "physical", adc),
         {
             "synaptic_uJ": energies.synaptic * 1e6,
             "full_uJ": energies.full * 1e6,
@@ -367,7 +369,7 @@ def _physical_report(
             for e in ledger
         ],
         _constants(chip, "physical"),
-        [PROJECTED, *(f"not modelled: {what}" for what in NOT_MODELLED)],
+        [PROJECTED, *unlike_activity(beside), *(f"not modelled: {what}" for what in NOT_MODELLED)],
     )
 
 
@@ -387,51 +389,67 @@ def _precisions(
 ) -> list[dict[str, Any]]:
     weights = "/".join(f"W{bits}" for bits in sorted({layer.bits for layer in workload.layers}))
     membranes = "/".join(f"U{bits}" for bits in sorted({p.bits for p in workload.populations}))
-    rows: list[tuple[str, str, PhysicalCost]] = [(f"this network ({weights} {membranes})", "own", own)]
-    needed = max(c.stored_bits if c.stored_bits is not None else c.needed_bits for c in checks.values())
+    rows = [(f"this network ({weights} {membranes})", "own", load.source, own)]
+    needed = max(c.enough_bits for c in checks.values())
     if chip.integer("adc.bits") < needed <= 12:
         lossless = chip.replaced({"adc.bits": needed})
-        rows.append((f"this network, lossless {needed}-bit ADC", "own", physical_cost(own.prepared, lossless)))
+        cost = physical_cost(own.prepared, lossless)
+        rows.append((f"this network, lossless {needed}-bit ADC", "own", load.source, cost))
     for label, network, activity in compare:
         other = from_network(network, label)
-        rows.append((label, "measured", physical_cost(prepare(other, load_of(activity, other), chip, OWN), chip)))
+        theirs = load_of(activity, other)
+        rows.append((label, "measured", theirs.source, physical_cost(prepare(other, theirs, chip, OWN), chip)))
     for precision in precisions:
-        rows.append((precision.name, "projected", physical_cost(prepare(workload, load, chip, precision), chip)))
+        cost = physical_cost(prepare(workload, load, chip, precision), chip)
+        rows.append((precision.name, "projected", load.source, cost))
     base = own.totals
     return [
         {
             "name": name,
             "basis": basis,
+            "activity": source,
             "tiles": len(cost.prepared.plan.tiles),
             **_totals(cost.totals),
             "energy_ratio": cost.totals.energy / base.energy,
             "area_ratio": cost.totals.area / base.area,
             "EDAP_ratio": cost.totals.edap / base.edap,
         }
-        for name, basis, cost in rows
+        for name, basis, source, cost in rows
     ]
 
 
-def _adc(checks: Mapping[str, AdcCheck], chip: Chip, measured: Sequence[AdcAccuracy]) -> dict[str, Any]:
+def unlike_activity(precisions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note for every compared network whose spikes are of other samples than this network's."""
+    own = precisions[0]["activity"] if precisions else ""
+    return [
+        f"{row['name']} was measured on {row['activity']}, this network on {own}: the two do not compare like for like"
+        for row in precisions
+        if row["activity"] != own
+    ]
+
+
+def _adc(checks: Mapping[str, AdcCheck], chip: Chip, model: str, measured: Sequence[AdcAccuracy]) -> dict[str, Any]:
     rows, top = chip.integer("crossbar.rows"), (1 << chip.integer("cell.bits")) - 1
-    worst = max(checks.values(), key=lambda c: c.stored_scale if c.stored_scale is not None else c.full_scale)
+    worst = max(checks.values(), key=lambda c: c.reach)
     layers = [{"name": name, "lossless": c.lossless, **asdict(c)} for name, c in checks.items()]
-    lossless = all(c.lossless for c in checks.values())
-    bits, full = chip.integer("adc.bits"), rows * top
-    reach = worst.full_scale if worst.stored_scale is None else worst.stored_scale
-    needed = worst.needed_bits if worst.stored_bits is None else worst.stored_bits
-    verdict = (
-        f"The {bits}-bit ADC is lossless for every column of this network."
-        if lossless
-        else f"The {bits}-bit ADC is NOT lossless: a column of this network reaches {reach} levels, which needs "
-        f"{needed} bits (any codes: {rows} rows x {top} levels = {full}, {full.bit_length()} bits). Accuracy from "
-        "the integer engine does not hold on it."
+    bits, full = worst.bits, rows * top
+    lossless = None if bits is None else all(c.lossless for c in checks.values())
+    reached = (
+        f"a column of this network reaches {worst.reach} levels, which needs {worst.enough_bits} bits (any codes: "
+        f"{rows} rows x {top} levels = {full}, {lossless_bits(full)} bits)"
     )
+    if lossless is None:
+        verdict = f"A lossless ADC needs {worst.enough_bits} bits, but chip {chip.name} states none: {reached}."
+    elif lossless:
+        verdict = f"The {bits}-bit ADC is lossless for every column of this network."
+    else:
+        verdict = f"The {bits}-bit ADC is NOT lossless: {reached}. The integer engine's accuracy does not hold on it."
     return {
         "bits": bits,
         "lossless": lossless,
         "verdict": verdict,
-        "full_crossbar_bits": full.bit_length(),
+        "assumed": None if model == "physical" else _ADC_ASSUMED,
+        "full_crossbar_bits": lossless_bits(full),
         "layers": layers,
         "accuracy": [asdict(entry) for entry in measured],
     }
@@ -454,6 +472,23 @@ def _shares(cost: PhysicalCost, chip: Chip) -> list[dict[str, Any]]:
     ]
 
 
+_ADC_ASSUMED: Final = (
+    "Model spikesim itself knows no bits and ignores this check: cells are 4 bits wide, coding is offset and every "
+    "crossbar has ADCs of its own unless the chip says otherwise, as in the precision presets."
+)
+
+
+def _spikesim_checks(workload: Workload, chip: Chip) -> tuple[dict[str, AdcCheck], Chip]:
+    """The lossless check on cells that the model does not know, and the chip with what is assumed about them."""
+    assumed: dict[str, int | str] = {
+        "cell.bits": PRESET_CELL_BITS,
+        "mapping.coding": "offset",
+        "mapping.scheme": "kernel-split",
+    }
+    filled = chip.replaced({key: value for key, value in assumed.items() if key not in chip.constants})
+    return lossless_check(workload, filled), filled
+
+
 def _spikesim_report(workload: Workload, load: Load, chip: Chip, title: str | None) -> Report:
     cost = spikesim_cost(spikesim_layers(workload), workload.timesteps, chip)
     counted = {c.layer.name: c for c in cost.layers}
@@ -462,6 +497,7 @@ def _spikesim_report(workload: Workload, load: Load, chip: Chip, title: str | No
     energy: dict[str, float] = {}
     rows = []
     fits = (load.rows, load.scheme) == (chip.integer("crossbar.rows"), "kernel-split")
+    checks, filled = _spikesim_checks(workload, chip)
     for name, entry in counted.items():
         cycle = _cycle(chip, entry.layer.taps)
         for part, value in cycle.items():
@@ -483,6 +519,8 @@ def _spikesim_report(workload: Workload, load: Load, chip: Chip, title: str | No
                 "share": entry.energy / cost.totals.energy,
                 "event_energy_uJ": None if event is None else event * 1e6,
                 "latency_ms": entry.delay * 1e3,
+                "adc_bits_needed": checks[name].needed_bits,
+                "adc_bits_stored": checks[name].stored_bits,
             }
         )
     tiles = cost.tiles
@@ -515,7 +553,7 @@ def _spikesim_report(workload: Workload, load: Load, chip: Chip, title: str | No
         None,
         [],
         _paper(chip, "spikesim"),
-        None,
+        _adc(checks, filled, "spikesim", ()),
         None,
         [],
         [],
@@ -552,7 +590,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def summary(report: Report) -> str:
-    """The report in at most 25 lines of plain text, at most 100 columns, no newline at the end."""
+    """The report in at most 25 lines of plain text, at most 110 columns, no newline at the end."""
     t, a = report.totals, report.activity
     lines = [
         f"{report.title}"[:100],
@@ -566,6 +604,8 @@ def summary(report: Report) -> str:
     ]
     for what, rows in (("energy", report.energy), ("area", report.area)):
         lines.append(f"{what}: " + ", ".join(f"{r['component']} {r['share']:.0%}" for r in rows[:6]))
+    largest = sorted(report.layers, key=lambda row: -row["share"])[:4]
+    lines.append(f"of {len(report.layers)} layers: " + ", ".join(f"{r['name']} {r['share']:.0%}" for r in largest))
     if report.energies is not None:
         e = report.energies
         at = e["break_even_density"]
@@ -586,14 +626,15 @@ def summary(report: Report) -> str:
             for p in report.precisions[:7]
         ]
     lines += _paper_lines(report.paper["rows"])
-    if report.adc is not None:
-        lines.append(
-            report.adc["verdict"].split(":")[0].rstrip(".") + ("" if report.adc["lossless"] else " (see report)")
-        )
-        lines += [
-            f"ADC {m['bits']} bit, {m['transfer']}: accuracy {m['accuracy']:.1%} of {m['samples']}"
-            for m in report.adc["accuracy"][:3]
-        ]
+    ignored = "" if report.adc["assumed"] is None else "; model spikesim ignores it"
+    lines.append(report.adc["verdict"].split(":")[0].rstrip(".") + ignored)
+    measured = report.adc["accuracy"][:4]
+    if measured:
+        found = ", ".join(f"{m['bits']} bit {m['transfer']} {m['accuracy']:.1%}" for m in measured)
+        lines.append(f"accuracy by ADC, ideal devices: {found} of {measured[0]['samples']}")
+    if report.sensitivity:
+        felt = ", ".join(f"{row['key']} {max(row['edap']):.2f}" for row in report.sensitivity[:3])
+        lines.append(f"EDAP x if a constant is halved or doubled: {felt}")
     if report.shares:
         by = {row["metric"]: row for row in report.shares}
         lines.append(

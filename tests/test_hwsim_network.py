@@ -73,7 +73,7 @@ from mdsnn.hwsim.mapping import (
     named_workload,
     row_tiles,
 )
-from mdsnn.hwsim.report import build_report, number, render_html, summary, to_csv
+from mdsnn.hwsim.report import build_report, number, render_html, summary, to_csv, unlike_activity
 from mdsnn.hwsim.wires import effective_conductance
 from mdsnn.kernels import Engine, IntegerNetwork, reference
 from mdsnn.kernels.errors import ConfigError, InputError
@@ -1186,7 +1186,8 @@ def test_csv_and_summary(report: Any) -> None:
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 110
     assert "16.34" in summary(report)
-    assert "lossless" in summary(report)
+    for word in ("lossless", "accuracy by ADC", "layers: ", "ANN", "clock.frequency", "unsourced", "twin"):
+        assert word in summary(report), word
 
 
 def test_the_spikesim_report(case: Any, activity: Activity) -> None:
@@ -1197,9 +1198,47 @@ def test_the_spikesim_report(case: Any, activity: Activity) -> None:
     assert 0 < report.totals["event_energy_uJ"] < report.totals["energy_uJ"]
     page_of(render_html(report))
     assert len(summary(report).splitlines()) <= 25
-    assert build_report(case[0], activity, "fefet32", model="spikesim").chip["model"] == "spikesim"
     with pytest.raises(ConfigError, match="needs"):
         build_report(case[0], activity, "spikesim65", model="physical")
+
+
+@pytest.mark.parametrize("chip", ["spikesim65", "spikesim65-sram", "fefet32"])
+def test_a_spikesim_report_has_the_lossless_check(case: Any, activity: Activity, chip: str) -> None:
+    """It is that of model physical on the same cells, and says that the model does not read it."""
+    network, _ = case
+    physical = build_report(network, activity, "fefet32").adc
+    report = build_report(network, activity, chip, model="spikesim")
+    assert report.chip["model"] == "spikesim"
+    stated = chip == "fefet32"
+    assert (report.adc["bits"], report.adc["lossless"]) == ((4, False) if stated else (None, None))
+    assert report.adc["full_crossbar_bits"] == 10
+    needed = max(row["stored_bits"] for row in physical["layers"])
+    for mine, theirs in zip(report.adc["layers"], physical["layers"], strict=True):
+        for key in ("name", "rows", "full_scale", "stored_scale", "needed_bits", "stored_bits"):
+            assert mine[key] == theirs[key], (mine["name"], key)
+        assert (mine["clip_error"] is None) == (mine["round_error"] is None) == (not stated)
+    assert f"needs {needed} bits" in report.adc["verdict"]
+    assert physical["assumed"] is None
+    text = " ".join(page_of(render_html(report)).text)
+    assert report.adc["verdict"] in text
+    assert report.adc["assumed"] in text
+    assert "ADC" in summary(report).splitlines()[-1]
+    assert summary(report).splitlines()[-1].endswith("model spikesim ignores it")
+    by_name = {row["name"]: row for row in physical["layers"]}
+    for row in csv.DictReader(io.StringIO(to_csv(report))):
+        assert int(row["adc_bits_needed"]) == by_name[row["name"]]["needed_bits"]
+        assert int(row["adc_bits_stored"]) == by_name[row["name"]]["stored_bits"]
+
+
+def test_a_comparison_on_other_samples_is_said(case: Any, activity: Activity) -> None:
+    network, _ = case
+    other = replace(activity, source="others")
+    same, unlike = (build_report(network, activity, compare=[("twin", network, a)]) for a in (activity, other))
+    assert unlike_activity(same.precisions) == []
+    (note,) = unlike_activity(unlike.precisions)
+    assert note.startswith("twin was measured on others, 2 samples, this network on planted, 2 samples")
+    assert note in unlike.notes
+    assert [row["activity"] for row in unlike.precisions].count("others, 2 samples") == 1
 
 
 @pytest.mark.parametrize("seed", range(12))

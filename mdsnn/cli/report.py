@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -55,7 +56,7 @@ MEASURE = "data"
     "--compare",
     multiple=True,
     metavar="OTHER.mdsnn",
-    help="Set another artifact beside this one, measured on the same --data; may be repeated.",
+    help="Set another artifact beside this one, always measured on --data; may be repeated.",
 )
 @workload_options
 @json_option
@@ -149,7 +150,8 @@ def make(
 ) -> Report:
     """The report of an artifact, with activity measured on `data` or read from a file.
 
-    compare  other artifacts to set beside it, measured on `data`
+    compare  other artifacts to set beside it, always measured on `data`; the report notes it if that is not what the
+             activity file was measured on
     """
     from mdsnn.export import artifact
 
@@ -179,7 +181,10 @@ def make(
         with progress(f"measuring {name}") as tick:
             theirs = measuring.measure(other, pixels, rows=rows, scheme=scheme, source=data, progress=tick)
         beside.append((name, other, theirs))
-    report: Report = reporting.build_report(network, measured, the_chip, model=model, adc=accuracies, compare=beside)
+    workload = extra("report", "mdsnn.hwsim.mapping").from_network(network, os.path.basename(path))
+    report: Report = reporting.build_report(workload, measured, the_chip, model=model, adc=accuracies, compare=beside)
+    for note in reporting.unlike_activity(report.precisions):
+        say(note)
     return report
 
 
