@@ -9,7 +9,8 @@ A run is a folder. After every epoch it holds `last.ckpt` (all that going on tak
 at the end also `model.ckpt`, the weights after the last epoch. No checkpoint is chosen by its accuracy on the test
 images: the number of epochs is part of the recipe. `recipe.json` says what ran, on what, and how fast. Every file
 appears whole or not at all, so a run can be stopped at any instant; resumed on the same machine's CPU with as many
-threads, it ends with the same bits as if it had never been stopped.
+threads, it ends with the same bits as if it had never been stopped. A run that stops by itself at a limit of time saves
+its last step, within an epoch too; one that is killed goes on from its last whole epoch.
 
 Accuracy is what the frozen, integer network reaches on the test images; the live figure stands beside it.
 """
@@ -67,7 +68,8 @@ FOREIGN = (".pth", ".pt")
 """Suffixes of PyTorch's own checkpoints; a teacher in one is a model of ours in other hands, by the recipe's shape."""
 LAST, FINAL, RECIPE, METRICS = "last.ckpt", "model.ckpt", "recipe.json", "metrics"
 _LOSSES = ("loss", "cross_entropy", "logit", "membrane")
-COLUMNS = ("epoch", *_LOSSES, "train_accuracy", "lr", "live_accuracy", "frozen_accuracy")
+_SUMS = (*_LOSSES, "train_accuracy")
+COLUMNS = ("epoch", *_SUMS, "lr", "live_accuracy", "frozen_accuracy")
 """Of metrics.csv; a row an epoch. Losses are means over the epoch; the last two stand in the last row only."""
 
 # --------------------------------------------------------------------------------------------- measuring a model
@@ -134,19 +136,22 @@ class Progress:
 class TrainResult:
     """What a run came to.
 
-    checkpoint       path of model.ckpt        history: a row an epoch, as in metrics.csv
-    live_accuracy    of the live network on the test images, 0..1
+    checkpoint       path of model.ckpt; of last.ckpt where the limit of time came first
+    history          a row an epoch, as in metrics.csv
+    live_accuracy    of the live network on the test images, 0..1; None if unfinished: nothing was measured
     frozen_accuracy  of the integer network, THE accuracy; None for full precision, which has none
     spike_rates      share of neuron-steps that fire, by LIF (of the frozen network where there is one)
     seconds_per_step median over this process's steps, 0 if it made none
+    finished         False if `max_minutes` ended the run before its last epoch; `resume` goes on
     """
 
     checkpoint: Path
     history: tuple[Mapping[str, Any], ...]
-    live_accuracy: float
+    live_accuracy: float | None
     frozen_accuracy: float | None
     spike_rates: Mapping[str, float]
     seconds_per_step: float
+    finished: bool = True
 
 
 def train(
@@ -154,6 +159,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    max_minutes: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     data: datasets.Dataset | None = None,
 ) -> TrainResult:
@@ -161,16 +167,21 @@ def train(
 
     resume   go on from its last.ckpt (from the start if there is none yet); the recipe must be the same
     force    overwrite an earlier run in the folder
+    max_minutes  wall clock of this call: past it the run saves the step it is at and stops. It shortens no schedule:
+             resumed, the run goes on as if it had never stopped. At least one step is made
     data     a data set of your own instead of `mdsnn.data.load(config.data, config.data_path)`
     raises   ConfigError, CheckpointError (a teacher, or a run to resume, that does not fit), StorageError (the folder
              holds a run already, or cannot be written), TrainingError (a loss that is not finite);
              KeyboardInterrupt  with a message that says how to go on
     """
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60.0 * max_minutes
+    if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0.0):
+        raise ConfigError(f"max_minutes = {max_minutes!r} is no time above 0")
     with _threads(config.threads):
         run = _Run(config, data, resume=resume, force=force)
         try:
-            run.loop(progress)
-            return run.finish()
+            finished = run.loop(progress, deadline)
+            return run.finish() if finished else run.pause()
         except KeyboardInterrupt:
             done = f"{run.epoch} of {config.epochs} epochs are saved in {run.folder}"
             message = f"interrupted; {done}. Go on with resume (mdsnn train ... --resume)"
@@ -219,7 +230,12 @@ class _Run:
         self.optimizer = _optimizer(self.model, self.config)
         self.document = {name: x for name, x in self.config.document().items() if name not in PATHS}
         self.document |= {"data": self.data.name, "data_sha256": self.data.digest(), "teacher_sha256": teacher_digest}
-        self.epoch = 0
+        self.samples = self.data.train_x.shape[0 if self.data.coding == "image" else 1]
+        self.steps = math.ceil(self.samples / config.batch_size)
+        self.epoch = 0  # epochs that are whole
+        self.step = 0  # steps of the next one that are made
+        self.sums = dict.fromkeys(_SUMS, 0.0)  # over those steps
+        self.begin = torch.Generator()  # as `generator` was when that epoch began: draws its order again
         self.history: list[dict[str, Any]] = []
         self.step_seconds: list[float] = []
         if resume:
@@ -227,9 +243,6 @@ class _Run:
         else:
             for name in (LAST, FINAL):  # a forced run starts clean: an old last.ckpt must not outlive its recipe
                 (self.folder / name).unlink(missing_ok=True)
-        coding = self.data.coding
-        self.samples = self.data.train_x.shape[0 if coding == "image" else 1]
-        self.steps = math.ceil(self.samples / config.batch_size)
         self.augmentation = datasets.Augmentation(config.shift, config.flip and self.data.flips, config.cutout)
         self.student_taps: list[LIF] = []
         self.teacher_taps: list[LIF] = []
@@ -241,25 +254,33 @@ class _Run:
 
     # -- the loop
 
-    def loop(self, progress: Callable[[Progress], None] | None) -> None:
+    def loop(self, progress: Callable[[Progress], None] | None, deadline: float) -> bool:
+        """Train to the last epoch, or past `deadline` of the monotonic clock; whether all epochs are done."""
         while self.epoch < self.config.epochs:
-            row = self._one_epoch(progress)
+            row = self._one_epoch(progress, deadline)
             spoilt = [name for name, x in self.model.state_dict().items() if not bool(x.isfinite().all())]
             if spoilt:
                 raise TrainingError(f"epoch {self.epoch + 1}: NaN or infinity in '{spoilt[0]}'. {_REMEDY}")
+            if row is None:
+                self._save(LAST)
+                return False
             self.history.append(row)
-            self.epoch += 1
+            self.epoch, self.step, self.sums = self.epoch + 1, 0, dict.fromkeys(_SUMS, 0.0)
             self._save(LAST)
             self._write_metrics()
             if progress is not None:
                 progress(Progress(self.epoch, self.config.epochs, self.steps, self.steps, row["loss"], row))
+            if time.monotonic() >= deadline and self.epoch < self.config.epochs:
+                return False
+        return True
 
-    def _one_epoch(self, progress: Callable[[Progress], None] | None) -> dict[str, Any]:
+    def _one_epoch(self, progress: Callable[[Progress], None] | None, deadline: float) -> dict[str, Any] | None:
+        """The rest of the epoch, and its row; None if `deadline` came before its last step."""
         self.model.train()
-        totals = dict.fromkeys((*_LOSSES, "train_accuracy"), 0.0)
-        order = torch.randperm(self.samples, generator=self.generator)
         rate = 0.0
-        for step, index in enumerate(torch.tensor_split(order, self.steps)):  # sizes differ by at most one
+        for step, index in enumerate(self._order()):
+            if step < self.step:
+                continue
             started = time.perf_counter()
             rate = learning_rate(self.config, self.epoch * self.steps + step, self.steps)
             for group in self.optimizer.param_groups:
@@ -270,12 +291,26 @@ class _Run:
             losses, z = self._step(x, y)
             share = len(index) / self.samples
             for name, part in zip(_LOSSES, losses, strict=True):
-                totals[name] += part * share
-            totals["train_accuracy"] += float((z.argmax(1) == y).sum()) / self.samples
+                self.sums[name] += part * share
+            self.sums["train_accuracy"] += float((z.argmax(1) == y).sum()) / self.samples
+            self.step = step + 1
             self.step_seconds.append(time.perf_counter() - started)
-            if progress is not None and step + 1 < self.steps:
-                progress(Progress(self.epoch, self.config.epochs, step + 1, self.steps, losses[0]))
-        return {"epoch": self.epoch + 1, **totals, "lr": rate}
+            if self.step < self.steps:
+                if progress is not None:
+                    progress(Progress(self.epoch, self.config.epochs, self.step, self.steps, losses[0]))
+                if time.monotonic() >= deadline:
+                    return None
+        return {"epoch": self.epoch + 1, **self.sums, "lr": rate}
+
+    def _order(self) -> tuple[Tensor, ...]:
+        """Indices of the samples of each step of this epoch; how many they are differs by at most one."""
+        if self.step:  # this epoch began in an earlier process
+            generator = self.begin.clone_state()
+        else:
+            self.begin.set_state(self.generator.get_state())
+            generator = self.generator
+        order = torch.randperm(self.samples, generator=generator)
+        return torch.tensor_split(order, self.steps)
 
     def _step(self, x: Tensor, y: Tensor) -> tuple[tuple[float, float, float, float], Tensor]:
         """One update; returns (loss, cross-entropy, logit, membrane) and the logits."""
@@ -350,21 +385,31 @@ class _Run:
         median = statistics.median(self.step_seconds) if self.step_seconds else 0.0
         return TrainResult(self.folder / FINAL, tuple(self.history), live, frozen, rates, median)
 
+    def pause(self) -> TrainResult:
+        """Leave the run to be resumed."""
+        self._write_recipe()
+        median = statistics.median(self.step_seconds) if self.step_seconds else 0.0
+        return TrainResult(self.folder / LAST, tuple(self.history), None, None, {}, median, finished=False)
+
     # -- the folder
 
     def _save(self, name: str) -> None:
         going_on = name == LAST
+        within = [{"epoch": self.epoch + 1, "step": self.step, **self.sums}] if self.step else []
         checkpoints.save(
             self.folder / name,
             self.model,
             optimizer=self.optimizer if going_on else None,
             epoch=self.epoch,
-            generators={"train": self.generator} if going_on else None,
+            generators=self._generators() if going_on else None,
             recipe=self.document,
-            history=self.history,
+            history=[*self.history, *within],
             labels=self.data.labels,
             force=True,
         )
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        return {"train": self.generator, "begin": self.begin} if self.step else {"train": self.generator}
 
     def _restore(self) -> None:
         saved = checkpoints.load(self.folder / LAST)
@@ -377,12 +422,20 @@ class _Run:
             )
         checkpoints.apply(self.model, saved.group("model"), saved.where)
         checkpoints.restore_optimizer(self.optimizer, saved)
-        checkpoints.restore_generators({"train": self.generator}, saved)
-        if not 1 <= saved.epoch <= self.config.epochs or len(saved.document["history"]) != saved.epoch:
+        self.epoch, self.history = saved.epoch, [dict(row) for row in saved.document["history"]]
+        if self.history and "step" in self.history[-1]:  # it stopped within an epoch
+            row = self.history.pop()
+            self.step, self.sums = row["step"], {name: row.get(name) for name in _SUMS}
+            numbers = all(type(value) is float for value in self.sums.values())
+            within = type(self.step) is int and 1 <= self.step < self.steps
+            fits = numbers and within and 0 <= self.epoch < self.config.epochs
+        else:
+            fits = 1 <= self.epoch <= self.config.epochs
+        if not fits or len(self.history) != self.epoch:
             raise CheckpointError(
                 f"{saved.where}: epoch {saved.epoch} of {self.config.epochs} does not fit its history"
             )
-        self.epoch, self.history = saved.epoch, [dict(row) for row in saved.document["history"]]
+        checkpoints.restore_generators(self._generators(), saved)
 
     def _write_metrics(self) -> None:
         """metrics.csv and metrics.jsonl, whole, from the history: a resumed run leaves no row twice."""

@@ -19,6 +19,7 @@ from torch import nn
 from mdsnn import checkpoint, train
 from mdsnn.data import Dataset, digits
 from mdsnn.freeze import freeze
+from mdsnn.kernels.container import pack
 from mdsnn.kernels.errors import CheckpointError, ConfigError, MissingError, StorageError, TrainingError
 from mdsnn.layers import LIF, taps
 from mdsnn.recipe import TrainConfig, recipe
@@ -302,6 +303,69 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, data, teacher, setting,
     again = train.train(config("cut"), data=data, resume=True)  # nothing left to do: measures again, the same
     assert again.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
     assert (again.seconds_per_step, again.live_accuracy) == (0.0, whole.live_accuracy)
+
+
+@pytest.mark.parametrize("setting", ["original", "qamd"])
+def test_a_run_in_slices_of_time_ends_with_the_same_bits(tmp_path, data, teacher, setting, monkeypatch):
+    def config(name: str) -> TrainConfig:
+        changes = {"epochs": 2, "shift": 1, "cutout": 2, "lr": 1e-2}
+        if setting == "original":
+            return recipe(save_path=tmp_path / name, **{**SMALL, **changes})
+        return student(teacher, tmp_path / name, **changes)
+
+    whole = train.train(config("whole"), data=data)
+    seen = []
+    for finished in (False,) * 5 + (True,):  # six steps, a process for each: three within each epoch
+        monkeypatch.setattr(torch, "randperm", _once(torch.randperm))
+        result = train.train(
+            config("cut"), data=data, max_minutes=1e-9, resume=True, progress=lambda e: seen.append((e.epoch, e.step))
+        )
+        monkeypatch.undo()
+        assert result.finished == finished
+        assert (tmp_path / "cut" / "model.ckpt").exists() == finished
+        if not finished:
+            assert (result.live_accuracy, result.checkpoint.name) == (None, "last.ckpt")
+            assert checkpoint.build_model(checkpoint.load(result.checkpoint)) is not None
+    assert seen == [(0, 1), (0, 2), (1, 3), (1, 1), (1, 2), (2, 3)]
+    assert result.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
+    for name in ("metrics.csv", "metrics.jsonl", "last.ckpt"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def _once(function):
+    """`function`, which may be called one time: a process draws the order of one epoch."""
+    calls = []
+
+    def limited(*args, **keywords):
+        calls.append(args)
+        assert len(calls) == 1
+        return function(*args, **keywords)
+
+    return limited
+
+
+def test_a_limit_of_time_that_is_none_is_refused_and_a_long_one_changes_nothing(tmp_path, data):
+    for minutes in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="max_minutes"):
+            train.train(recipe(save_path=tmp_path / "no", **SMALL), data=data, max_minutes=minutes)
+    assert not (tmp_path / "no").exists()
+    free = train.train(recipe(save_path=tmp_path / "free", **SMALL), data=data)
+    held = train.train(recipe(save_path=tmp_path / "held", **SMALL), data=data, max_minutes=60)
+    assert held.finished
+    assert held.checkpoint.read_bytes() == free.checkpoint.read_bytes()
+
+
+def test_a_row_within_an_epoch_that_does_not_fit_is_refused(tmp_path, data):
+    config = recipe(save_path=tmp_path, **SMALL)
+    last = train.train(config, data=data, max_minutes=1e-9).checkpoint
+    good = checkpoint.load(last)
+    for change in ({"step": 3}, {"step": 0}, {"step": 0.5}, {"loss": "x"}, {"epoch": 2, "again": True}):
+        row = {**good.document["history"][0], **change}
+        rows = [row, row] if "again" in change else [row]
+        document = {**good.document, "history": rows}
+        last.write_bytes(pack(dict(good.tensors), document, checkpoint.KEY))
+        with pytest.raises(CheckpointError, match="does not fit its history"):
+            train.train(config, data=data, resume=True)
 
 
 RUN = """

@@ -60,6 +60,11 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field of the recipe; repeatable."
 )
+@click.option(
+    "--max-minutes",
+    type=float,
+    help="Wall clock: past it, save the step it is at and stop (exit code 0); --resume goes on exactly.",
+)
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the same recipe stopped.")
 @json_option
 @force_option
@@ -67,6 +72,7 @@ def command(
     paper_setting: str,
     data: str,
     settings: tuple[str, ...],
+    max_minutes: float | None,
     resume: bool,
     json_file: str | None,
     force: bool,
@@ -86,7 +92,7 @@ def command(
     changes = {name: value for name, value in chosen.items() if value is not None}
     changes.setdefault("save_path", f"runs/{data}-{paper_setting}")
     changes.update(_settings(settings))
-    document = run(paper_setting, data, changes, resume=resume, force=force)
+    document = run(paper_setting, data, changes, max_minutes=max_minutes, resume=resume, force=force)
     if not write_json(document, json_file, force=force):
         show(document)
 
@@ -118,6 +124,7 @@ def run(
     data: str,
     changes: dict[str, Any],
     *,
+    max_minutes: float | None = None,
     resume: bool = False,
     force: bool = False,
     label: str | None = None,
@@ -130,10 +137,11 @@ def run(
         def report(at: Any) -> None:
             tick(at.epoch * at.steps + (0 if at.metrics else at.step), at.epochs * at.steps)
 
-        result = training.train(config, resume=resume, force=force, progress=report)
+        result = training.train(config, max_minutes=max_minutes, resume=resume, force=force, progress=report)
     return {
         "schema": "mdsnn.train/1",
         "setting": setting,
+        "finished": result.finished,
         "checkpoint": str(result.checkpoint),
         "epochs": len(result.history),
         "live_accuracy": result.live_accuracy,
@@ -145,7 +153,12 @@ def run(
 
 
 def show(document: dict[str, Any]) -> None:
-    """Print accuracies and spike rates."""
+    """Print accuracies and spike rates, or how far an unfinished run came."""
+    if not document["finished"]:
+        done = f"{document['epochs']} of {document['recipe']['epochs']} epochs and the steps since"
+        say(f"stopped at --max-minutes: {done} are saved in {document['checkpoint']}")
+        say("the same command with --resume goes on exactly")
+        return
     rows = [[name, f"{100 * rate:.2f}%"] for name, rate in document["spike_rates"].items()]
     table(["LIF layer", "neuron-steps that fire"], rows)
     frozen = document["frozen_accuracy"]
