@@ -162,7 +162,7 @@ class _NodeState:
 
 
 class NodeBackend:
-    """Runs a network by calling a module of kernels (reference or jit) once a node and step."""
+    """Runs a network by calling a module of kernels (reference.py) once a node and step."""
 
     def __init__(self, network: IntegerNetwork, kernels: ModuleType, name: str) -> None:
         self.network, self.kernels, self.name = network, kernels, name
@@ -326,7 +326,7 @@ def backend(network: IntegerNetwork, name: str) -> Backend:
     if name == "numba":
         from . import jit
 
-        return NodeBackend(network, jit, name)
+        return jit.JitBackend(network)
     return NodeBackend(network, reference, name)
 
 

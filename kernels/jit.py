@@ -1,292 +1,770 @@
-"""The kernels in Numba: what runs where there is no C compiler. The same names and arguments as reference.py.
+"""The network in Numba: what runs where there is no C compiler.
 
-Definition: reference.py. Every function here agrees with it bit for bit (tests/test_kernels_bit_exact.py); where the
-two differ, this file is wrong. Values are int32, which network.py proves to be wide enough. Each compiled function
-meets one signature only, for the wrappers bring every argument to one dtype and layout; so nothing compiles twice. The
-GIL is released inside.
+Definition: reference.py. h, s and q of every neuron and step, the logits and the counts agree with it bit for bit
+(tests/test_kernels_bit_exact.py); where the two differ, this file is wrong.
+
+A value is [N, S, H, W, C]: S is T in a run and 1 in a stream or for what is the same at every step; channels come last,
+padded to a multiple of 16 with lanes that nobody reads. Two kernels take nearly all the time. `_conv` is event-driven:
+it lists the inputs of a line of windows that are not 0 and adds, for each window, the rows of 64 weights that its
+events name, in the narrowest lanes that the proof allows. `_neurons` is everything between two convolutions: BN,
+residual add, and LIF with its T steps, a neuron's leak looked up by its membrane. Both release the GIL.
 """
 
 from __future__ import annotations
 
-import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from . import reference
+from .engine import Activity, LifTrace, Result, State, Trace, _over_samples
 from .formats import Array, delta
+from .network import (
+    Add,
+    BnAffine,
+    BnDense,
+    Conv,
+    Flatten,
+    InputTable,
+    IntegerNetwork,
+    Lif,
+    Linear,
+    MaxPool,
+    Node,
+    Readout,
+    Requantize,
+    SumPool,
+)
+from .vectors import (
+    accumulate,
+    add,
+    bits,
+    choose,
+    clamp,
+    count_ones,
+    differs,
+    greater,
+    load,
+    multiply,
+    scaled,
+    shift_right,
+    store,
+    sum_rows,
+    zeros,
+)
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_TABLE = 1 << 20  # largest dense table of membrane codes
-_made: dict[tuple[str, int], tuple[weakref.ref[Array], Any]] = {}
-
-
-def _njit(function: _Function) -> _Function:
-    compiled: Any = numba.njit(nogil=True, cache=False, error_model="numpy")(function)
-    return cast(_Function, compiled)
-
-
-def _int32(x: Array) -> Array:
-    return np.ascontiguousarray(x, np.int32)
-
-
-def _once(what: str, constant: Array, make: Callable[[Array], Any]) -> Any:
-    """`make(constant)`, remembered for as long as a read-only `constant` (a node's array) lives."""
-    if constant.flags.writeable:
-        return make(constant)
-    key = what, id(constant)
-    entry = _made.get(key)
-    if entry is None or entry[0]() is not constant:
-        entry = weakref.ref(constant, lambda _: _made.pop(key, None)), make(constant)
-        _made[key] = entry
-    return entry[1]
-
-
-@_njit
-def _input_table(pixels: Array, table: Array) -> Array:
-    samples, channels, height, width = pixels.shape
-    codes = np.empty((samples, channels, height, width), np.int32)
-    for n in range(samples):
-        for c in range(channels):
-            for y in range(height):
-                for x in range(width):
-                    codes[n, c, y, x] = table[c, pixels[n, c, y, x]]
-    return codes
-
-
-def input_table(pixels: Array, table: Array) -> Array:
-    """Pixels (N, C, H, W) uint8 to codes by a row of `table` (C, 256) per channel."""
-    return _input_table(np.array(pixels, np.uint8, order="C"), np.array(table, np.int8, order="C"))
-
-
-@_njit
-def _conv2d(
-    x: Array, weight: Array, kh: int, kw: int, groups: int, stride: int, padding: int, out_height: int, out_width: int
-) -> Array:
-    """weight [group][in][ky * kw + kx][out]: each input that is not 0 adds its rows to the outputs it reaches."""
-    samples, _, height, width = x.shape
-    ins, outs = weight.shape[1], weight.shape[3]
-    acc = np.empty((samples, groups * outs, out_height, out_width), np.int32)
-    total = np.empty((out_height, out_width, outs), np.int32)
-    for n in range(samples):
-        for g in range(groups):
-            total[:] = 0
-            for i in range(ins):
-                for y in range(height):
-                    for xx in range(width):
-                        value = x[n, g * ins + i, y, xx]
-                        if value == 0:
-                            continue
-                        for ky in range(kh):
-                            reach_y = y + padding - ky
-                            if reach_y < 0 or reach_y % stride != 0 or reach_y // stride >= out_height:
-                                continue
-                            for kx in range(kw):
-                                reach_x = xx + padding - kx
-                                if reach_x < 0 or reach_x % stride != 0 or reach_x // stride >= out_width:
-                                    continue
-                                row = weight[g, i, ky * kw + kx]
-                                into = total[reach_y // stride, reach_x // stride]
-                                for o in range(outs):
-                                    into[o] += value * row[o]
-            for o in range(outs):
-                for y in range(out_height):
-                    for xx in range(out_width):
-                        acc[n, g * outs + o, y, xx] = total[y, xx, o]
-    return acc
+_LANES = 16
+"""Channels are padded to a multiple of this: what `_neurons` takes at a time."""
+_ROW = 64
+"""Outputs whose weights lie together: what `_conv` adds at a time."""
+_TABLE = 1 << 20  # longest table of leaks
+_LIST = 1 << 16  # events of a band of lines: 256 KiB
+_GROUP = 1 << 17  # values of the largest node, all steps, for which samples run together
+_EMPTY = np.zeros(0, np.int32)
+_NOTHING = np.zeros((0, 0, 0, 0), np.int32)
+_NO_SPIKES = np.zeros((0, 0, 0, 0), np.int8)
+_NO_STATE = np.zeros((0, 0, 0), np.int32)
 
 
-def conv2d(x: Array, weight: Array, stride: int, padding: int, groups: int) -> Array:
-    """Accumulators of a convolution: the sum of weight[o,c,i,j] * x[n,c,y*stride+i,x*stride+j] at (n,o,y,x)."""
-    c_out, per_group, kh, kw = weight.shape
+def _njit(function: Callable[..., None]) -> Any:
+    return numba.njit(nogil=True, cache=False, error_model="numpy")(function)
 
-    def by_input(w: Array) -> Array:
-        rows = w.reshape(groups, c_out // groups, per_group, kh * kw).transpose(0, 2, 3, 1)
-        return np.array(rows, np.int32, order="C")
 
-    height = (x.shape[2] + 2 * padding - kh) // stride + 1
-    width = (x.shape[3] + 2 * padding - kw) // stride + 1
-    rows = _once(f"rows {groups}", weight, by_input)
-    return _conv2d(_int32(x), rows, kh, kw, groups, stride, padding, height, width)
+# ------------------------------------------------------------------------------------------------ convolutions
 
 
 @_njit
-def _linear(x: Array, weight: Array) -> Array:
-    """weight [in][out]."""
-    samples, outs = x.shape[0], weight.shape[1]
-    acc = np.zeros((samples, outs), np.int32)
-    for n in range(samples):
-        for i in range(weight.shape[0]):
-            value = x[n, i]
-            if value != 0:
-                for o in range(outs):
-                    acc[n, o] += value * weight[i, o]
-    return acc
-
-
-def linear(x: Array, weight: Array) -> Array:
-    """Accumulators of a fully connected layer: (N, in, 1, 1) to (N, out, 1, 1)."""
-    by_input = _once("linear", weight, lambda w: np.array(w.T, np.int32, order="C"))
-    return _linear(_int32(x).reshape(len(x), -1), by_input)[:, :, None, None]
-
-
-@_njit
-def _bn_affine(acc: Array, multiplier: Array, offset: Array, shift: Array, saturation: int) -> Array:
-    samples, channels, plane = acc.shape
-    y = np.empty((samples, channels, plane), np.int32)
-    for n in range(samples):
-        for c in range(channels):
-            a, b, g = multiplier[c], offset[c], shift[c]
-            for i in range(plane):
-                v = (a * acc[n, c, i] + b) >> g
-                y[n, c, i] = min(max(v, -saturation), saturation)
-    return y
-
-
-def _constant64(constant: Array) -> Array:
-    return np.array(constant, np.int64, order="C")
-
-
-def bn_affine(acc: Array, multiplier: Array, offset: Array, shift: Array, saturation: int) -> Array:
-    """y = clamp((multiplier*acc + offset) >> shift, -C, C) per channel; >> floors. Products take 64 bits."""
-    a, b, g = (_once("int64", constant, _constant64) for constant in (multiplier, offset, shift))
-    return _bn_affine(_int32(acc).reshape(*acc.shape[:2], -1), a, b, g, saturation).reshape(acc.shape)
+def _list_events(
+    x: Array, at: int, pixels: int, pitch: int, ins: int, places: Array, events: Array, starts: Array
+) -> None:
+    """The channels that are not 0 of each pixel, one pixel's after the other."""
+    k = 0
+    for pixel in range(pixels):
+        starts[pixel] = k
+        here, c = at + pixel * pitch, 0
+        while c + 8 <= ins:
+            word = bits(differs(load(x, here + c, 8), 0))
+            store(events, k, add(load(places, 8 * word, 8), c))
+            k += count_ones(word)
+            c += 8
+        while c < ins:
+            events[k] = c
+            k += x[here + c] != 0
+            c += 1
+    starts[pixels] = k
 
 
 @_njit
-def _bn_dense(acc: Array, table: Array, start: Array) -> Array:
-    samples, channels, plane = acc.shape
-    y = np.empty((samples, channels, plane), np.int32)
-    for n in range(samples):
-        for c in range(channels):
-            for i in range(plane):
-                y[n, c, i] = table[start[c] + acc[n, c, i]]
-    return y
-
-
-def bn_dense(acc: Array, table: Array, lo: Array, hi: Array) -> Array:
-    """y = table entry acc - lo of its channel's row; rows of hi - lo + 1 entries follow each other."""
-    sizes = hi - lo + 1
-    start = np.array(np.cumsum(sizes) - sizes - lo, np.int64)
-    rows = _once("int32", table, lambda t: np.array(t, np.int32, order="C"))
-    return _bn_dense(_int32(acc).reshape(*acc.shape[:2], -1), rows, start).reshape(acc.shape)
-
-
-def residual_add(a: Array, b: Array) -> Array:
-    """a + b on the same grid, exact."""
-    total: Array = _int32(a) + _int32(b)
-    return total
-
-
-def requantize(x: Array, shift: int, bits: int) -> Array:
-    """Stream to shortcut codes: clip((x + 2**(shift-1)) >> shift, -delta, delta)."""
-    codes: Array = np.clip((_int32(x) + np.int32(1 << (shift - 1))) >> np.int32(shift), -delta(bits), delta(bits))
-    return codes
-
-
-def _code_table(thresholds: Array) -> Array | None:
-    """How many thresholds are <= u, for u from thresholds[0] - 1 to thresholds[-1]; None if that is too long."""
-    first, last = int(thresholds[0]) - 1, int(thresholds[-1])
-    if last - first >= _TABLE:
-        return None
-    return np.searchsorted(thresholds, np.arange(first, last + 1), side="right").astype(np.int32)
-
-
-@_njit
-def _codes(u: Array, counts: Array, first: int, bits_top: int) -> Array:
-    q = np.empty(u.size, np.int32)
-    last = counts.size - 1
-    for i in range(u.size):
-        q[i] = counts[min(max(u[i] - first, 0), last)] - bits_top
-    return q
-
-
-def membrane_code(u: Array, thresholds: Array, bits: int) -> Array:
-    """The membrane quantizer: q(u) = -delta + #{j : thresholds[j] <= u}."""
-    counts = _once("codes", thresholds, _code_table)
-    if counts is None:
-        return reference.membrane_code(u, thresholds, bits).astype(np.int32)
-    return _codes(_int32(u).reshape(-1), counts, int(thresholds[0]) - 1, delta(bits)).reshape(u.shape)
-
-
-@_njit
-def _integrate(
-    x: Array, q: Array, decode: Array, top: int, v_th: int, soft: bool, v_soft: int
-) -> tuple[Array, Array, Array]:
-    """h, the spikes of a post_reset neuron, and what it then quantizes."""
-    h, s, u = np.empty(x.size, np.int32), np.empty(x.size, np.int32), np.empty(x.size, np.int32)
-    for i in range(x.size):
-        v = x[i] + decode[q[i] + top]
-        fired = v > v_th
-        h[i] = v
-        s[i] = fired
-        u[i] = (v - v_soft if soft else 0) if fired else v
-    return h, s, u
-
-
-def lif_step(
+def _conv(
     x: Array,
-    q: Array,
-    decode: Array,
-    thresholds: Array,
-    bits: int,
-    v_th: int,
-    reset: str,
-    v_soft: int,
-    quantize: str,
-    q_th: int,
-) -> tuple[Array, Array, Array]:
-    """One step of leaky integrate-and-fire on membrane codes; arguments and results as in reference.py."""
-    shape = x.shape
-    flat_x, flat_q = _int32(x).reshape(-1), _int32(q).reshape(-1)
-    leak = _once("int32", decode, lambda d: np.array(d, np.int32, order="C"))
-    h, s, u = _integrate(flat_x, flat_q, leak, delta(bits), v_th, reset == "soft", v_soft)
-    if quantize == "pre_fire":
-        code = membrane_code(h, thresholds, bits)
-        s = (code > q_th).astype(np.int32)
-        code[s != 0] = 0
-    else:
-        code = membrane_code(u, thresholds, bits)
-    return h.reshape(shape), s.reshape(shape), code.reshape(shape)
+    weight: Array,
+    groups: int,
+    ins: int,
+    outs: int,
+    kh: int,
+    kw: int,
+    stride: int,
+    padding: int,
+    terms: int,
+    out: Array,
+    counts: Array,
+    places: Array,
+    events: Array,
+    starts: Array,
+    rows: Array,
+    factors: Any,
+    columns: Array,
+) -> None:
+    """weight [group][block of 64 outputs][kx][ky][in][64], flat; out [N, S, H, W, C]; counts [S] of inputs not 0.
+
+    terms  so many products fit the lanes of the weights; of spikes, eight rows do
+
+    A line is an output row at a step. Its events lie by input column, so that those of a window follow each other; the
+    kx of a row of weights is the distance of its column from the window's first.
+    """
+    samples, steps, height, width, pitch = x.shape
+    _, _, out_height, out_width, out_pitch = out.shape
+    pixels, blocks, depth = steps * height * width, (outs + _ROW - 1) // _ROW, kh * ins
+    flat, into, tail = x.reshape(-1), out.reshape(-1), np.empty(_ROW, out.dtype)
+    for n in range(samples):
+        for group in range(groups):
+            at = n * pixels * pitch + group * ins
+            _list_events(flat, at, pixels, pitch, ins, places, events, starts)
+            for t in range(steps):
+                counts[t] += starts[(t + 1) * height * width] - starts[t * height * width]
+            line = 0
+            while line < out_height * steps:
+                end, k = line, 0
+                while end < out_height * steps and k + width * depth + _LANES <= rows.size:
+                    top, t = end // steps * stride - padding, end % steps
+                    for column in range(width):
+                        columns[(end - line) * (width + 1) + column] = k
+                        if (column + padding) % stride >= kw:
+                            continue
+                        for ky in range(max(0, -top), min(kh, height - top)):
+                            pixel = (t * height + top + ky) * width + column
+                            row = column * depth + ky * ins
+                            first, count = starts[pixel], starts[pixel + 1] - starts[pixel]
+                            for i in range(0, count, _LANES):
+                                store(rows, k + i, add(load(events, first + i, _LANES), row))
+                            if factors is not None:
+                                for i in range(count):
+                                    factors[k + i] = flat[at + pixel * pitch + events[first + i]]
+                            k += count
+                    columns[(end - line) * (width + 1) + width] = k
+                    end += 1
+                for block in range(blocks):
+                    wanted = min(outs - block * _ROW, _ROW)
+                    for done in range(line, end):
+                        y, t, place = done // steps, done % steps, (done - line) * (width + 1)
+                        for xx in range(out_width):
+                            left = xx * stride - padding
+                            i = columns[place + max(left, 0)]
+                            last = columns[place + min(left + kw, width)]
+                            w = (group * blocks + block) * kw * depth - left * depth
+                            total = zeros(out, _ROW)
+                            if factors is None:
+                                while i + 8 <= last:
+                                    total = accumulate(total, sum_rows(weight, w, rows, i, 8, _ROW))
+                                    i += 8
+                                part = zeros(weight, _ROW)
+                                while i < last:
+                                    part = add(part, sum_rows(weight, w, rows, i, 1, _ROW))
+                                    i += 1
+                                total = accumulate(total, part)
+                            else:
+                                while i < last:
+                                    stop, part = min(i + terms, last), zeros(weight, _ROW)
+                                    while i < stop:
+                                        part = add(part, scaled(weight, (w + rows[i]) * _ROW, _ROW, factors[i]))
+                                        i += 1
+                                    total = accumulate(total, part)
+                            to = (((n * steps + t) * out_height + y) * out_width + xx) * out_pitch
+                            to += group * outs + block * _ROW
+                            if wanted == _ROW:
+                                store(into, to, total)
+                            else:
+                                store(tail, 0, total)
+                                for o in range(wanted):
+                                    into[to + o] = tail[o]
+                line = end
+
+
+# --------------------------------------------------------------------------------------------- BN, add and LIF
 
 
 @_njit
-def _pool(
-    x: Array, kh: int, kw: int, stride: int, padding: int, out_height: int, out_width: int, largest: bool
-) -> Array:
-    samples, channels, height, width = x.shape
-    out = np.empty((samples, channels, out_height, out_width), np.int32)
+def _neurons(
+    x: Array,
+    other: Array,
+    steps: int,
+    channels: int,
+    affine: bool,
+    multiplier: Array,
+    offset: Array,
+    shift: Array,
+    saturation: int,
+    plus: bool,
+    stream: Array,
+    fires: bool,
+    table: Array,
+    lowest: int,
+    v_th: int,
+    v_soft: int,
+    hard: bool,
+    rest: int,
+    state: Array,
+    spikes: Array,
+    h: Array,
+    counts: Array,
+) -> None:
+    """[BN table,] [+ other,] [stream kept,] [LIF]. x and other [N, S, P, C], S 1 or `steps`; the rest [N, steps, P, C].
+
+    table  the leak that the next step adds, by u - lowest, clamped; then the leak after a hard reset
+    state  the leaks between two calls of a stream, [N, P, C]; empty for whole samples, whose first leak is `rest`
+    """
+    samples, own, plane, pitch = x.shape
+    others = other.shape[1]
+    flat_x, flat_other, leaks = x.reshape(-1), other.reshape(-1), state.reshape(-1)
+    flat_stream, flat_spikes, flat_h = stream.reshape(-1), spikes.reshape(-1), h.reshape(-1)
+    leak, index = np.empty(pitch, np.int32), np.empty(pitch, np.uint32)
+    top = table.size - 2
     for n in range(samples):
+        for pixel in range(plane):
+            if fires:
+                for c in range(pitch):
+                    leak[c] = leaks[(n * plane + pixel) * pitch + c] if state.size else rest
+            for t in range(steps):
+                at_x = ((n * own + (t if own > 1 else 0)) * plane + pixel) * pitch
+                at_other = ((n * others + (t if others > 1 else 0)) * plane + pixel) * pitch
+                at = ((n * steps + t) * plane + pixel) * pitch
+                fired = 0
+                for c in range(0, pitch, _LANES):
+                    v = accumulate(zeros(leak, _LANES), load(flat_x, at_x + c, _LANES))
+                    if affine:
+                        v = add(multiply(load(multiplier, c, _LANES), v), load(offset, c, _LANES))
+                        v = shift_right(v, load(shift, c, _LANES))
+                        v = clamp(v, -saturation, saturation)
+                    if plus:
+                        v = add(v, load(flat_other, at_other + c, _LANES))
+                    if stream.size:
+                        store(flat_stream, at + c, v)
+                    if fires:
+                        v = add(v, load(leak, c, _LANES))
+                        if h.size:
+                            store(flat_h, at + c, v)
+                        s = greater(v, v_th)
+                        store(flat_spikes, at + c, s)
+                        fired += count_ones(bits(s) & ((1 << min(channels - c, _LANES)) - 1))
+                        u = add(clamp(add(v, choose(s, -v_soft, zeros(leak, _LANES))), lowest, lowest + top), -lowest)
+                        if hard:
+                            u = choose(s, top + 1, u)
+                        store(index, c, u)
+                if fires:
+                    counts[t] += fired
+                    for c in range(pitch):
+                        leak[c] = table[index[c]]
+            if fires and state.size:
+                for c in range(pitch):
+                    leaks[(n * plane + pixel) * pitch + c] = leak[c]
+
+
+@_njit
+def _bn_dense(acc: Array, channels: int, table: Array, start: Array, stream: Array) -> None:
+    """acc and stream [pixels, C]."""
+    for pixel in range(len(acc)):
         for c in range(channels):
-            for oy in range(out_height):
-                for ox in range(out_width):
-                    value = 0
-                    for y in range(max(oy * stride - padding, 0), min(oy * stride - padding + kh, height)):
-                        for xx in range(max(ox * stride - padding, 0), min(ox * stride - padding + kw, width)):
-                            value = max(value, x[n, c, y, xx]) if largest else value + x[n, c, y, xx]
-                    out[n, c, oy, ox] = value
-    return out
+            stream[pixel, c] = table[start[c] + acc[pixel, c]]
 
 
-def _pooled(x: Array, kh: int, kw: int, stride: int, padding: int, largest: bool) -> Array:
-    height = (x.shape[2] + 2 * padding - kh) // stride + 1
-    width = (x.shape[3] + 2 * padding - kw) // stride + 1
-    return _pool(_int32(x), kh, kw, stride, padding, height, width, largest)
+@_njit
+def _bn_wide(
+    acc: Array, channels: int, multiplier: Array, offset: Array, shift: Array, saturation: int, stream: Array
+) -> None:
+    """The affine form with products of 64 bits. acc and stream [pixels, C]."""
+    for pixel in range(len(acc)):
+        for c in range(channels):
+            v = (multiplier[c] * acc[pixel, c] + offset[c]) >> shift[c]
+            stream[pixel, c] = min(max(v, -saturation), saturation)
 
 
-def max_pool(x: Array, kernel: int, stride: int, padding: int) -> Array:
-    """OR of the spikes in each window; padding adds none."""
-    return _pooled(x, kernel, kernel, stride, padding, True)
+@_njit
+def _requantize(x: Array, shift: int, top: int, codes: Array) -> None:
+    half = np.int32(1 << (shift - 1))
+    for i in range(x.size):
+        codes[i] = min(max((x[i] + half) >> np.int32(shift), np.int32(-top)), np.int32(top))
 
 
-def sum_pool(x: Array, kernel_height: int, kernel_width: int, stride: int, padding: int) -> Array:
-    """Sum of each window; padding counts as 0."""
-    return _pooled(x, kernel_height, kernel_width, stride, padding, False)
+# ----------------------------------------------------------------------------------------------------- the plan
 
 
-def readout(total: Array, weight: Array, bias: Array) -> Array:
-    """Logits (N, classes) of the sum over time `total` (N, in, 1, 1): weight @ total + bias."""
-    logits: Array = linear(total, weight)[:, :, 0, 0] + bias
-    return logits
+def _padded(channels: int) -> int:
+    return -(-channels // _LANES) * _LANES
+
+
+def _lanes(constant: Array, dtype: Any) -> Array:
+    """A channel's constants, padded with zeros."""
+    array = np.zeros(_padded(len(constant)), dtype)
+    array[: len(constant)] = constant
+    return array
+
+
+def _aligned(array: Array) -> Array:
+    """A flat copy on a cache line: numpy aligns to 16 bytes only, and a row across two lines is two loads."""
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    at = -buffer.ctypes.data % 64
+    copy = buffer[at : at + array.nbytes].view(array.dtype)
+    copy[:] = array.reshape(-1)
+    return copy
+
+
+def _places() -> Array:
+    """Row b: the places of the bits that are 1 in byte b; the rest of its 8 entries is never read."""
+    table = np.zeros((256, 8), np.int32)
+    for byte in range(256):
+        ones = [bit for bit in range(8) if byte >> bit & 1]
+        table[byte, : len(ones)] = ones
+    return table.reshape(-1)
+
+
+_BITS = _places()
+
+
+@dataclass
+class _Call:
+    """Some samples in flight: a whole run, or one step of a stream."""
+
+    frames: npt.NDArray[np.uint8]  # [S, N, C, H, W]
+    steps: int
+    traced: bool
+    scratch: dict[str, Array]
+    values: dict[str, Array]
+    spikes_in: dict[str, Array]
+    states: dict[str, Array] | None  # of a stream: leaks by LIF, and the readout's sum
+    spikes_out: dict[str, Array] = field(default_factory=dict)
+    h: dict[str, Array] = field(default_factory=dict)
+    s: dict[str, Array] = field(default_factory=dict)
+    logits: Array = field(default_factory=lambda: _NOTHING)
+
+
+_Operation = Callable[[_Call], None]
+
+
+@dataclass(frozen=True)
+class _Leak:
+    """A LIF for `_neurons`: see there. pre_fire too is a spike where h > v_th, and a hard reset."""
+
+    table: Array
+    lowest: int
+    v_th: int
+    v_soft: int
+    hard: bool
+    rest: int
+
+    @classmethod
+    def of(cls, lif: Lif) -> _Leak | None:
+        """None if the thresholds lie too far apart for a table."""
+        top, thresholds = delta(lif.bits), lif.thresholds.astype(np.int64)
+        lowest, highest = int(thresholds[0]) - 1, int(thresholds[-1])
+        if highest - lowest >= _TABLE or lowest < -(2**31):
+            return None
+        pre_fire = lif.quantize == "pre_fire"
+        v_th = max(int(thresholds[lif.q_th + top]) - 1, -(2**31)) if pre_fire else lif.v_th
+        after = 0 if pre_fire else int(np.searchsorted(thresholds, 0, side="right")) - top
+        passed = np.searchsorted(thresholds, np.arange(lowest, highest + 1), side="right")
+        table = np.append(lif.decode[passed], lif.decode[after + top])
+        return cls(table, lowest, v_th, lif.v_soft, lif.reset == "hard", int(lif.decode[top]))
+
+
+class JitBackend:
+    """A network ready to run in Numba. Immutable: calls may run side by side.
+
+    The nodes become a list of operations, each of which reads and writes the values of a call: a BN table, the add
+    behind it and a LIF that reads the sum are one operation, and every other node is one of its own.
+    """
+
+    name = "numba"
+
+    def __init__(self, network: IntegerNetwork) -> None:
+        self.network = network
+        self.neurons = {lif.name: int(np.prod(network.proof.shapes[lif.name])) for lif in network.lifs}
+        self._readers: dict[str, list[Node]] = {node.name: [] for node in network.nodes}
+        for node in network.nodes:
+            for source in dict.fromkeys(node.inputs):
+                self._readers[source].append(node)
+        self._sizes = {"events": _LANES, "starts": 1, "rows": _LIST, "columns": 1, "factors": 1}
+        self._fused: dict[str, str] = {}  # node -> the node whose operation computes it too
+        for node in network.nodes:
+            self._fuse(node)
+        self._operations = [(node, self._operation(node)) for node in network.nodes if node.name not in self._fused]
+        self._last = self._last_uses()
+        largest = max(int(np.prod(shape)) for shape in network.proof.shapes.values())
+        self._group = max(1, _GROUP // (largest * network.timesteps))
+        # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
+        self._scratch: deque[dict[str, Array]] = deque(maxlen=64)
+
+    def run(self, pixels: npt.NDArray[np.uint8], trace: bool) -> Result:
+        """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W]."""
+        frames, steps = pixels if pixels.ndim == 5 else pixels[None], self.network.timesteps
+        parts = range(0, frames.shape[1], self._group)
+        return _over_samples([self._call(frames[:, at : at + self._group], steps, trace, {}, {}, None) for at in parts])
+
+    def start(self, samples: int) -> State:
+        """A fresh state, q = 0 everywhere, for `samples` samples."""
+        return _JitState(self, samples)
+
+    def _call(
+        self,
+        frames: npt.NDArray[np.uint8],
+        steps: int,
+        trace: bool,
+        values: dict[str, Array],
+        spikes_in: dict[str, Array],
+        states: dict[str, Array] | None,
+    ) -> Result:
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = {name: np.empty(size, np.int32) for name, size in self._sizes.items()}
+        call = _Call(frames, steps, trace, scratch, values, spikes_in, states)
+        static = self.network.proof.static
+        try:
+            for place, (node, operation) in enumerate(self._operations):
+                if node.name not in values:  # a stream keeps what is the same at every step
+                    operation(call)
+                for name in self._last[place]:
+                    if states is None or not static[name]:
+                        values.pop(name, None)
+        finally:
+            self._scratch.append(scratch)
+        network = self.network
+        nodes = (node.name for node in network.nodes if isinstance(node, Conv | Linear | Readout))
+        spikes = {name: np.broadcast_to(spikes_in[name], steps).copy() for name in nodes}
+        fired = {lif.name: call.spikes_out[lif.name] for lif in network.lifs}
+        activity = Activity(frames.shape[1], self.neurons, fired, spikes)
+        if not trace:
+            return Result(call.logits, activity)
+        traces = {lif.name: _trace(lif, network.proof.shapes[lif.name][0], call) for lif in network.lifs}
+        return Result(call.logits, activity, Trace(traces, call.logits))
+
+    # ------------------------------------------------------------------------------------------------ planning
+
+    def _fuse(self, node: Node) -> None:
+        """A BN table into the add that alone reads it; then a LIF into the stream it reads."""
+        static = self.network.proof.static
+        if isinstance(node, Add) and node.source != node.other:
+            for source in (node.other, node.source):
+                short = self.network.proof.product_bits.get(source) == 32
+                if short and len(self._readers[source]) == 1 and static[source] == static[node.name]:
+                    self._fused[source] = node.name
+                    break
+        if isinstance(node, Lif) and not static[node.source] and _Leak.of(node) is not None:
+            stream = self.network[node.source]
+            first = next(reader for reader in self._readers[node.source] if isinstance(reader, Lif))
+            if first is node and isinstance(stream, Add | BnAffine) and self._short(stream):
+                self._fused[node.name] = node.source
+
+    def _short(self, node: Node) -> bool:
+        return isinstance(node, Add) or self.network.proof.product_bits[node.name] == 32
+
+    def _last_uses(self) -> list[list[str]]:
+        """The values that each operation is the last to read."""
+        place = {node.name: at for at, (node, _) in enumerate(self._operations)}
+
+        def computed(name: str) -> int:
+            while name in self._fused:
+                name = self._fused[name]
+            return place[name]
+
+        last: list[list[str]] = [[] for _ in self._operations]
+        for name, readers in self._readers.items():
+            if readers:
+                last[max(computed(reader.name) for reader in readers)].append(name)
+        return last
+
+    def _empty(self, name: str, like: Array, dtype: Any, steps: int | None = None) -> Array:
+        """An uninitialized value of the node `name` for the samples (and steps) of `like`."""
+        channels, height, width = self.network.proof.shapes[name]
+        return np.empty((len(like), steps or like.shape[1], height, width, _padded(channels)), dtype)
+
+    def _width(self, name: str) -> Any:
+        """Of codes, spikes and counts: int8 if that holds them, else int32."""
+        return np.int8 if self.network.proof.ranges[name][1] < 128 else np.int32
+
+    def _operation(self, node: Node) -> _Operation:
+        match node:
+            case InputTable():
+                return self._input(node)
+            case Conv():
+                return self._conv(node, node.weight, node.stride, node.padding, node.groups)
+            case Linear():
+                return self._conv(node, node.weight[:, :, None, None], 1, 0, 1)
+            case BnAffine() if self._short(node):
+                return self._stream(node, node, None)
+            case BnAffine() | BnDense():
+                return self._bn(node)
+            case Add():
+                inner = [name for name in node.inputs if self._fused.get(name) == node.name]
+                if not inner:
+                    return self._stream(node, None, node.other)
+                bn = self.network[inner[0]]
+                assert isinstance(bn, BnAffine)
+                return self._stream(node, bn, node.other if bn.name == node.source else node.source)
+            case Lif():
+                return self._stream(node, None, None) if _Leak.of(node) is not None else self._lif(node)
+            case Requantize():
+                return self._requantize(node)
+            case MaxPool():
+                return self._pool(node, node.kernel, node.kernel, np.maximum)
+            case SumPool():
+                return self._pool(node, node.kernel_height, node.kernel_width, np.add)
+            case Flatten():
+                return self._flatten(node)
+            case Readout():
+                return self._readout(node)
+        raise NotImplementedError(type(node).__name__)
+
+    def _input(self, node: InputTable) -> _Operation:
+        def operation(call: _Call) -> None:
+            frames = call.frames
+            call.values[node.name] = codes = self._empty(node.name, frames.swapaxes(0, 1), np.int8)
+            for c, table in enumerate(node.table):
+                codes[..., c] = table[frames[:, :, c]].swapaxes(0, 1)
+
+        return operation
+
+    def _conv(self, node: Conv | Linear, weight: Array, stride: int, padding: int, groups: int) -> _Operation:
+        proof, source = self.network.proof, node.source
+        spikes = proof.kinds[source] == "spikes"
+        outs, ins, kh, kw = weight.shape[0] // groups, *weight.shape[1:]
+        lo, hi = proof.ranges[node.name]
+        dtype: Any
+        sums: Any = np.int32
+        if not spikes:
+            dtype = np.int16 if self._width(source) is np.int8 else np.int32
+        elif 8 * delta(node.bits) < 128:
+            dtype, sums = np.int8, np.int16 if lo >= -(2**15) and hi < 2**15 else np.int32
+        else:
+            dtype = np.int16
+        terms = 0x7FFF // (128 * delta(node.bits))
+        blocks = -(-outs // _ROW)
+        packed = np.zeros((groups, blocks * _ROW, ins, kh, kw), dtype)
+        packed[:, :outs] = weight.reshape(groups, outs, ins, kh, kw)
+        packed = packed.reshape(groups, blocks, _ROW, ins, kh, kw).transpose(0, 1, 5, 4, 3, 2)
+        rows = _aligned(packed)
+        _, height, width = proof.shapes[source]
+        steps = 1 if proof.static[node.name] else self.network.timesteps
+        pixels, lines = steps * height * width, steps * proof.shapes[node.name][1]
+        for name, size in (
+            ("events", pixels * ins + _LANES),
+            ("starts", pixels + 1),
+            ("rows", width * kh * ins + _LANES),
+            ("factors", 1 if spikes else max(_LIST, width * kh * ins + _LANES)),
+            ("columns", lines * (width + 1)),
+        ):
+            self._sizes[name] = max(self._sizes[name], size)
+
+        def operation(call: _Call) -> None:
+            x, scratch = call.values[source], call.scratch
+            call.values[node.name] = out = self._empty(node.name, x, sums)
+            call.spikes_in[node.name] = counts = np.zeros(x.shape[1], np.int64)
+            factors = None if spikes else scratch["factors"]
+            events, starts, lists, columns = (scratch[name] for name in ("events", "starts", "rows", "columns"))
+            geometry = groups, ins, outs, kh, kw, stride, padding, terms
+            _conv(x, rows, *geometry, out, counts, _BITS, events, starts, lists, factors, columns)
+
+        return operation
+
+    def _stream(self, node: BnAffine | Add | Lif, bn: BnAffine | None, other: str | None) -> _Operation:
+        """[bn of an accumulator,] [+ other,] [LIF]: what `_neurons` does."""
+        proof = self.network.proof
+        lif = node if isinstance(node, Lif) else None
+        for reader in self._readers[node.name]:
+            if self._fused.get(reader.name) == node.name and isinstance(reader, Lif):
+                lif = reader
+        keep = not isinstance(node, Lif) and any(reader is not lif for reader in self._readers[node.name])
+        source = bn.source if bn is not None else node.source
+        constants: Any = tuple(
+            _EMPTY if bn is None else _lanes(getattr(bn, name), np.int32) for name in ("multiplier", "offset", "shift")
+        )
+        leak = None if lif is None else _Leak.of(lif)
+        saturation, channels = self.network.grid.saturation, proof.shapes[node.name][0]
+
+        def operation(call: _Call) -> None:
+            x = _planes(call.values[source])
+            y = _NOTHING if other is None else _planes(call.values[other])
+            steps = 1 if proof.static[node.name] else call.steps
+            stream, spikes, h = _NOTHING, _NO_SPIKES, _NOTHING
+            state, counts = _NO_STATE, np.zeros(steps, np.int64)
+            if keep:
+                stream = call.values[node.name] = self._empty(node.name, x, np.int32, steps)
+            if lif is not None and leak is not None:
+                spikes = call.values[lif.name] = self._empty(lif.name, x, np.int8, steps)
+                call.spikes_out[lif.name] = counts
+                if call.traced:
+                    h = call.h[lif.name] = self._empty(lif.name, x, np.int32, steps)
+                    call.s[lif.name] = spikes
+                if call.states is not None:
+                    state = self._state(call.states, lif, x)
+            numbers: Any = (0, 0, 0, False, 0) if leak is None else _numbers(leak)
+            _neurons(
+                x,
+                y,
+                steps,
+                channels,
+                bn is not None,
+                *constants,
+                saturation,
+                other is not None,
+                _planes(stream),
+                leak is not None,
+                _EMPTY if leak is None else leak.table,
+                *numbers,
+                state,
+                _planes(spikes),
+                _planes(h),
+                counts,
+            )
+
+        return operation
+
+    def _state(self, states: dict[str, Array], lif: Lif, like: Array) -> Array:
+        """The leaks of a stream, [N, P, C]."""
+        if lif.name not in states:
+            rest = lif.decode[delta(lif.bits)]
+            states[lif.name] = _planes(np.full_like(self._empty(lif.name, like, np.int32, 1), rest))[:, 0]
+        return states[lif.name]
+
+    def _lif(self, node: Lif) -> _Operation:
+        """By bisection, for thresholds too far apart for a table."""
+
+        def operation(call: _Call) -> None:
+            x = call.values[node.source]
+            spikes = call.values[node.name] = self._empty(node.name, x, np.int8, call.steps)
+            h = np.empty(spikes.shape, np.int32)
+            states = {} if call.states is None else call.states
+            leak = self._state(states, node, x).reshape(h[:, 0].shape)
+            top, channels = delta(node.bits), self.network.proof.shapes[node.name][0]
+            for t in range(call.steps):
+                np.add(x[:, t if x.shape[1] > 1 else 0], leak, out=h[:, t])
+                fired, code = _after(node, h[:, t])
+                spikes[:, t], leak[:] = fired, node.decode[code + top]
+            call.spikes_out[node.name] = np.count_nonzero(spikes[..., :channels], axis=(0, 2, 3, 4))
+            call.h[node.name], call.s[node.name] = h, spikes
+
+        return operation
+
+    def _bn(self, node: BnAffine | BnDense) -> _Operation:
+        """BN tables that are dense, or whose products need 64 bits."""
+        proof, source = self.network.proof, node.source
+        channels, saturation = proof.shapes[node.name][0], self.network.grid.saturation
+        if isinstance(node, BnDense):
+            lo, hi = proof.channel_bounds[source]
+            sizes = hi - lo + 1
+            constants: Any = (np.array(node.table), np.cumsum(sizes) - sizes - lo)
+        else:
+            constants = tuple(np.array(c, np.int64) for c in (node.multiplier, node.offset, node.shift))
+
+        def operation(call: _Call) -> None:
+            acc = call.values[source]
+            stream = call.values[node.name] = self._empty(node.name, acc, np.int32)
+            flat, into = acc.reshape(-1, acc.shape[-1]), stream.reshape(-1, acc.shape[-1])
+            if isinstance(node, BnDense):
+                _bn_dense(flat, channels, *constants, into)
+            else:
+                _bn_wide(flat, channels, *constants, saturation, into)
+
+        return operation
+
+    def _requantize(self, node: Requantize) -> _Operation:
+        def operation(call: _Call) -> None:
+            x = call.values[node.source]
+            call.values[node.name] = codes = np.empty(x.shape, np.int8)
+            _requantize(x.reshape(-1), node.shift, delta(node.bits), codes.reshape(-1))
+
+        return operation
+
+    def _pool(self, node: MaxPool | SumPool, kh: int, kw: int, fold: np.ufunc) -> _Operation:
+        stride, p = node.stride, node.padding
+
+        def operation(call: _Call) -> None:
+            x = call.values[node.source]
+            out = np.zeros_like(self._empty(node.name, x, self._width(node.name)))
+            padded = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p), (0, 0))) if p else x
+            height, width = (stride * (size - 1) + 1 for size in out.shape[2:4])
+            for ky in range(kh):
+                for kx in range(kw):
+                    fold(out, padded[:, :, ky : ky + height : stride, kx : kx + width : stride], out=out)
+            call.values[node.name] = out
+
+        return operation
+
+    def _flatten(self, node: Flatten) -> _Operation:
+        channels = self.network.proof.shapes[node.source][0]
+
+        def operation(call: _Call) -> None:
+            x = call.values[node.source][..., :channels].transpose(0, 1, 4, 2, 3)
+            call.values[node.name] = out = self._empty(node.name, x, x.dtype)
+            out[:, :, 0, 0, : self.network.proof.shapes[node.name][0]] = x.reshape(*x.shape[:2], -1)
+
+        return operation
+
+    def _readout(self, node: Readout) -> _Operation:
+        weight = node.weight.T.astype(np.float64)  # every sum is below 2**33, so doubles are exact in any order
+        ins = len(weight)
+
+        def operation(call: _Call) -> None:
+            x = call.values[node.source][:, :, 0, 0, :ins]
+            call.spikes_in[node.name] = np.count_nonzero(x, axis=(0, 2)).astype(np.int64)
+            total = np.broadcast_to(x, (len(x), call.steps, ins)).sum(axis=1, dtype=np.int64)
+            if call.states is not None:
+                total += call.states.get(node.name, 0)
+                call.states[node.name] = total
+            call.logits = (total.astype(np.float64) @ weight + node.bias).astype(np.int32)
+
+        return operation
+
+
+class _JitState:
+    def __init__(self, backend: JitBackend, samples: int) -> None:
+        self._backend, self._samples = backend, samples
+        self._values: dict[str, Array] = {}
+        self._spikes_in: dict[str, Array] = {}
+        self._states: dict[str, Array] = {}
+
+    def step(self, frame: npt.NDArray[np.uint8]) -> Result:
+        """Run one timestep on `frame` [N, C, H, W]."""
+        return self._backend._call(frame[None], 1, True, self._values, self._spikes_in, self._states)
+
+
+def _planes(value: Array) -> Array:
+    """[N, S, H, W, C] as [N, S, P, C]."""
+    return value if value.ndim == 4 else value.reshape(*value.shape[:2], -1, value.shape[-1])
+
+
+def _numbers(leak: _Leak) -> tuple[int, int, int, bool, int]:
+    return leak.lowest, leak.v_th, leak.v_soft, leak.hard, leak.rest
+
+
+def _after(lif: Lif, h: Array) -> tuple[Array, Array]:
+    """Spikes and the codes kept, from the membrane: the second half of reference.lif_step."""
+    if lif.quantize == "pre_fire":
+        code = reference.membrane_code(h, lif.thresholds, lif.bits)
+        fired: Array = code > lif.q_th
+        return fired, np.where(fired, 0, code)
+    fired = h > lif.v_th
+    u = np.where(fired, 0 if lif.reset == "hard" else h - lif.v_soft, h)
+    return fired, reference.membrane_code(u, lif.thresholds, lif.bits)
+
+
+def _trace(lif: Lif, channels: int, call: _Call) -> LifTrace:
+    def cut(value: Array) -> Array:
+        return np.ascontiguousarray(value[..., :channels].transpose(1, 0, 4, 2, 3))
+
+    h, s = cut(call.h[lif.name]), cut(call.s[lif.name]).astype(np.uint8)
+    return LifTrace(h, s, _after(lif, h)[1].astype(np.int8))

@@ -1,8 +1,7 @@
 """Every kernel in NumPy: THE definition. Where an engine differs from this file, the engine is wrong.
 
 One function a node type, plain and slow. Values are [N, C, H, W] at one timestep, in int64, so that nothing here can
-overflow (kernels/network.py proves that narrower widths cannot either). docs/arithmetic.md has the mathematics; the
-same names, in the same order of arguments, stand in jit.py.
+overflow (kernels/network.py proves that narrower widths cannot either). docs/arithmetic.md has the mathematics.
 """
 
 from __future__ import annotations
