@@ -42,8 +42,9 @@ from mdsnn.kernels.formats import (
     image_table,
 )
 
+from . import loops
 from . import surrogate as surrogates
-from .neurons import LifCodes, check_neuron, lif_step, lif_step_codes
+from .neurons import LifCodes, check_neuron, lif, lif_step, lif_step_codes
 from .quantizers import (
     ALPHA_FLOOR,
     BN_GRIDS,
@@ -57,6 +58,7 @@ from .quantizers import (
     round_to_codes,
     round_to_grid,
 )
+from .surrogate import Rectangle, Triangle
 
 ALPHAS = ("ema", "dynamic", "learned")
 
@@ -542,15 +544,53 @@ class LIF(Layer):
         self.last_h: Tensor | None = None
         self.last_record: LifRecord | None = None
 
-    def steps(self, x: Tensor) -> list[Tensor]:
-        """The input of each of the T steps."""
+    def _check_steps(self, x: Tensor) -> None:
         if x.shape[0] not in (1, self.timesteps):
             raise InputError(f"an input of {x.shape[0]} steps does not fit a LIF layer of {self.timesteps} timesteps")
+
+    def steps(self, x: Tensor) -> list[Tensor]:
+        """The input of each of the T steps."""
+        self._check_steps(x)
         return list(x.unbind(0)) if x.shape[0] == self.timesteps else [x[0]] * self.timesteps
 
     def live(self, x: Tensor) -> Tensor:
-        peaks: list[Tensor] = []
         starting = self.training and not int(self.alpha_batches)
+        neuron = self._neuron(x)
+        return self._stepwise(x, starting) if neuron is None else self._fused(x, neuron, starting)
+
+    def _neuron(self, x: Tensor) -> loops.Neuron | None:
+        """What runs this layer's steps in one pass; None where only `lif_step` will do."""
+        quantized = self.bits != FULL_PRECISION
+        plain = self.quantize == "post_reset" and not (quantized and self.alpha_mode == "learned")
+        if not plain or self.tap == "state" or type(self.spike) not in (Triangle, Rectangle) or not loops.suits(x):
+            return None
+        return loops.Neuron(
+            self.tau,
+            self.v_th,
+            self.reset == "soft",
+            self.detach_reset,
+            isinstance(self.spike, Rectangle),
+            self.spike.gamma,
+            self.spike.width,
+            delta(self.bits) if quantized else 0,
+        )
+
+    def _fused(self, x: Tensor, neuron: loops.Neuron, starting: bool) -> Tensor:
+        self._check_steps(x)
+        fixed = float(self.alpha.clamp(ALPHA_FLOOR, 1.0))
+        by_step = self.alpha_mode == "dynamic" or starting
+
+        def scale(peak: float) -> float:
+            return float(torch.tanh(torch.tensor(peak)).clamp(ALPHA_FLOOR, 1.0)) if by_step else fixed
+
+        s, h, peaks = lif(x, neuron, self.timesteps, tap=bool(self.tap), scale=scale if neuron.levels else None)
+        if self.training and peaks:
+            self._observe(torch.tanh(torch.tensor(peaks)).amax(), starting)
+        self.last_h = h
+        return s
+
+    def _stepwise(self, x: Tensor, starting: bool) -> Tensor:
+        peaks: list[Tensor] = []
         by_step = self.alpha_mode == "dynamic" or starting
 
         def requantize(u: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mdsnn.kernels.errors import ConfigError
+
+from . import loops
 
 RESETS = ("hard", "soft")
 QUANTIZE = ("post_reset", "pre_fire")
@@ -63,6 +66,59 @@ def lif_step(
     gate = s.detach() if detach_reset else s
     u_next = h * (1.0 - gate) if reset == "hard" else h - v_th * gate
     return s, requantize(u_next), h
+
+
+class _Lif(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        neuron: loops.Neuron,
+        steps: int,
+        tap: bool,
+        scale: Callable[[float], float] | None,
+        peaks: list[float],
+    ) -> tuple[Tensor, Tensor | None]:
+        learns = ctx.needs_input_grad[0]
+        x = loops.dense(x)
+        s, h, squashed, ctx.alphas = loops.lif_forward(x, neuron, steps, learns or tap, scale, peaks)
+        if learns:
+            ctx.save_for_backward(h, *(() if squashed is None else (squashed,)))
+        ctx.neuron, ctx.steps_in = neuron, x.shape[0]
+        ctx.set_materialize_grads(False)
+        return s, h if tap else None
+
+    @staticmethod
+    def backward(ctx: Any, gs: Tensor | None, gh: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+        h, *rest = ctx.saved_tensors
+        if gs is None:
+            gs = torch.zeros_like(h)
+        gx = loops.lif_backward(ctx.neuron, ctx.steps_in, h, rest[0] if rest else None, ctx.alphas, gs, gh)
+        return gx, None, None, None, None, None
+
+
+def lif(
+    x: Tensor,
+    neuron: loops.Neuron,
+    steps: int,
+    *,
+    tap: bool = False,
+    scale: Callable[[float], float] | None = None,
+) -> tuple[Tensor, Tensor | None, list[float]]:
+    """`steps` steps of `lif_step` from a state of 0, forward and backward each one pass over memory (mdsnn.loops).
+
+    x        [T', N, C, H, W] float32 on the CPU, T' = steps or 1 (the same input at every step)
+    tap      whether h is returned
+    scale    the membrane quantizer's alpha for a step whose largest |u| is its argument; None at full precision
+    returns  spikes [T, N, C, H, W]; h, the same shape, or None; the largest |u| of every step (empty without `scale`)
+    Values and gradients are those of `lif_step` bit for bit, the membrane quantized after the reset.
+    """
+    peaks: list[float] = []
+    s, h = cast(
+        "tuple[Tensor, Tensor | None]",
+        _Lif.apply(x, neuron, steps, tap, scale, peaks),  # type: ignore[no-untyped-call]
+    )
+    return s, h, peaks
 
 
 @dataclass(frozen=True, eq=False)
