@@ -43,7 +43,7 @@ from .network import (
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 7  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 8  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
@@ -53,12 +53,14 @@ _BLOCK = 64  # channels a fused convolution takes at a time
 _FEW = 16  # below so many channels a block would be mostly empty
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
+_BAND_BYTES = 1 << 16  # sums of a band of events
 _SUM_BYTES = 1 << 17  # sums of a band of tiles
 _COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
 _INPUT_BYTES = 1 << 28  # largest input copied for tiles, or lists of one row: beyond, another method
 _TILE = 16  # outputs a tile holds
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
-_FLUSH = 8  # rows that must fit 8 bits for 8-bit sums to be worth it
+_TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
+_FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
 
 
@@ -213,10 +215,19 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
     copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * _up(c_in)
     if isa_level == "amx" and copied <= _INPUT_BYTES:
         return "tiles"
-    entries_fit = width * kh * _BLOCK * _BLOCK < 2**31 and 4 * kh * width * c_in * steps <= _INPUT_BYTES
-    if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and entries_fit:
+    if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and _list_bytes(conv, width, steps) <= _INPUT_BYTES:
         return "events"
     return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None
+
+
+def _list_bytes(conv: Conv, width: int, steps: int) -> int:
+    """What the lists of an output row take if every input fires: a byte an entry, each list filled up."""
+    _, c_in, kh, _ = conv.weight.shape
+    return width * steps * (c_in * kh + (_FILL - 1) * _slabs(conv))
+
+
+def _slabs(conv: Conv) -> int:
+    return -(-conv.weight.shape[1] // _BLOCK) * -(-conv.weight.shape[2] // _ROWS)
 
 
 def _sums_fit(network: IntegerNetwork, conv: Conv) -> bool:
@@ -495,9 +506,9 @@ class _Plan:
         steps, band = self._steps(group), self._band(group)
         row = out_width * steps * _BLOCK
         if group.method == "events":
-            lists = 4 * self._row_entries(group) * band + _ALIGN
-            starts = 4 * -(-c_in // _BLOCK) * band * steps * (width + 1)
-            return lists, starts, (2 if _sums_fit(self.network, conv) else 4) * band * row, 2 * row
+            lists = _list_bytes(conv, width, steps) * band + _ALIGN
+            starts = 4 * _slabs(conv) * band * (steps * width + 1)
+            return lists, starts, band * self._events(group), 2 * row
         if group.method == "pairs":
             return 2 * out_width * steps * _depth(conv), 0, 4 * row, 2 * row
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
@@ -512,10 +523,12 @@ class _Plan:
     def _steps(self, group: _Group) -> int:
         return 1 if self.network.proof.static[group.result] else self.chunk
 
-    def _row_entries(self, group: _Group) -> int:
-        """Spikes that an output row can have under its windows."""
-        c_in, _, width = self.network.proof.shapes[group.conv.source]
-        return int(group.conv.weight.shape[2]) * width * c_in * self._steps(group)
+    def _events(self, group: _Group) -> int:
+        """Bytes of the sums of an output row by events, with windows to spare at both ends."""
+        proof, conv = self.network.proof, group.conv
+        last = (proof.shapes[conv.source][2] - 1 + conv.padding) // conv.stride
+        across = (conv.weight.shape[3] - 1) // conv.stride + max(proof.shapes[conv.name][2], last + 1)
+        return (2 if _sums_fit(self.network, conv) else 4) * across * self._steps(group) * _BLOCK
 
     def _tiles(self, group: _Group) -> int:
         """Bytes of the sums of an output row in whole tiles."""
@@ -529,7 +542,8 @@ class _Plan:
             return 1
         if group.method == "tiles":
             return max(1, min(height, _SUM_BYTES // self._tiles(group)))
-        return max(1, min(height, _LIST_BYTES // (4 * self._row_entries(group))))
+        lists = _list_bytes(group.conv, self.network.proof.shapes[group.conv.source][2], self._steps(group))
+        return max(1, min(height, _LIST_BYTES // lists, _BAND_BYTES // self._events(group)))
 
     def _fused(self, group: _Group) -> dict[str, Any]:
         """The fields of mdsnn_op for a group."""
@@ -540,20 +554,19 @@ class _Plan:
         if group.fire is not None:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
-        largest = max(1, int(np.abs(conv.weight.astype(np.int16)).max()))
-        flush = 127 // largest
+        flush = 0
         match group.method:
             case "tiles":
                 method, packed = self.lib.MDSNN_TILES, self._pointer("int8_t", _pack_tiles(conv.weight), np.int8)
             case "pairs":
                 method, packed = self.lib.MDSNN_PAIRS, self._pointer("int16_t", _pack_pairs(conv), np.int16)
             case _:
-                eight = flush >= _FLUSH and _sums_fit(self.network, conv)
-                method = self.lib.MDSNN_EVENTS_8 if eight else self.lib.MDSNN_EVENTS_16
-                if not _sums_fit(self.network, conv):
-                    method, flush = self.lib.MDSNN_EVENTS_32, 32767 // largest
-                vector = _VECTOR_BYTES[ISA_LEVELS[self.level]] if eight else 0
-                packed = self._pointer("int8_t", _pack_events(conv.weight, vector), np.int8)
+                method = self.lib.MDSNN_EVENTS_32
+                if _sums_fit(self.network, conv):
+                    flush = _flush(conv.weight)
+                    method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
+                vector, biased = _VECTOR_BYTES[ISA_LEVELS[self.level]], method != self.lib.MDSNN_EVENTS_8
+                packed = self._pointer("int8_t", _pack_events(conv, vector, biased), np.int8)
         work_input, starts, sums, y = (item.offset for item in self.work[conv.name])
         return {
             "kind": self.lib.MDSNN_FUSED,
@@ -670,7 +683,7 @@ class _Plan:
                 "stream_type": self.stream_type,
                 "chunk": self.chunk,
                 "counters": len(self.counters),
-                "bits": self._pointer("uint32_t", _bit_places(), np.uint32),
+                "bits": self._pointer("uint8_t", _bit_places(), np.uint8),
                 "counted": self._state(8 * len(self.counters)),
                 "state_bytes": self.state_bytes,
                 "scratch_bytes": self.scratch_bytes,
@@ -710,28 +723,59 @@ def _pack_tiles(weight: Array) -> Array:
     return padded.reshape(-1, 4, 16, -(-c_in // _BLOCK), 16, 4, kh, kw).transpose(0, 1, 6, 7, 3, 4, 2, 5)
 
 
-def _pack_events(weight: Array, vector: int) -> Array:
-    """(C_out, C_in, kh, kw) to [outs/64][ins/64][kx][ky][in 64][out 64], zeros where there is no channel.
-
-    vector  0, or the bytes of a vector: the first half of its channels then lies in even bytes, the second in odd ones
-    """
+def _slab_columns(weight: Array) -> Array:
+    """(C_out, C_in, kh, kw) to (C_out, ins/64, kh/3, kw, 192): what one output may add of a slab, for each tap."""
     c_out, c_in, kh, kw = weight.shape
+    padded = np.pad(weight, ((0, 0), (0, -c_in % _BLOCK), (0, -kh % _ROWS), (0, 0)))
+    parts = padded.reshape(c_out, -1, _BLOCK, -(-kh // _ROWS), _ROWS, kw).transpose(0, 1, 3, 5, 4, 2)
+    return parts.reshape(*parts.shape[:4], -1)
+
+
+def _flush(weight: Array) -> int:
+    """Entries of a list that 8 bits can add, whichever they are: a multiple of 4; at most those of a slab."""
+    columns = _slab_columns(weight)
+    fewest = columns.shape[-1]
+    for sign, limit in ((1, 127), (-1, 128)):
+        parts = np.maximum(sign * columns, 0)
+        above = parts[parts.sum(axis=-1, dtype=np.int32) > limit]
+        if len(above):
+            sums = -np.sort(-above, axis=-1)[:, : fewest + 1].cumsum(axis=-1, dtype=np.int32)
+            fewest = min(fewest, int((sums <= limit).sum(axis=-1).min()))
+    return fewest // _FILL * _FILL
+
+
+def _pack_events(conv: Conv, vector: int, biased: bool) -> Array:
+    """[outs/64][ins/64][kh/3][taps][row of 3][in 64][tap][out 64], as events.h wants it; 0 where there is no channel.
+
+    vector  bytes of one: the first half of its channels lies in even bytes, the second in odd ones
+    biased  the even bytes are unsigned: the weight + 128
+    """
+    c_out, c_in, kh, kw = conv.weight.shape
     outs, ins = -(-c_out // _BLOCK), -(-c_in // _BLOCK)
-    padded = np.zeros((outs * _BLOCK, ins * _BLOCK, kh, kw), np.int8)
-    padded[:c_out, :c_in] = weight
-    if vector:
-        order = np.arange(_BLOCK).reshape(-1, 2, vector // 2).transpose(0, 2, 1).reshape(-1)
-        padded = padded.reshape(outs, _BLOCK, ins * _BLOCK, kh, kw)[:, order].reshape(padded.shape)
-    return padded.reshape(outs, _BLOCK, ins, _BLOCK, kh, kw).transpose(0, 2, 5, 4, 3, 1)
+    order = np.arange(_BLOCK).reshape(-1, 2, vector // 2).transpose(0, 2, 1).reshape(-1)
+    padded = np.pad(conv.weight.astype(np.int8), ((0, -c_out % _BLOCK), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
+    rows = padded.reshape(outs, _BLOCK, ins, _BLOCK, kh, kw)[:, order].transpose(0, 2, 4, 3, 5, 1)
+    pieces = []
+    for first_row in range(0, kh, _ROWS):
+        slab = rows[:, :, first_row : first_row + _ROWS].reshape(outs, ins, -1, kw, _BLOCK)
+        slab = np.pad(slab, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))  # the row of zeros that fills lists
+        for residue in range(min(conv.stride, kw)):
+            taps = range(residue, kw, conv.stride)
+            pieces += [
+                slab[:, :, :, taps[first : first + _TAPS]].reshape(outs, ins, -1)
+                for first in range(0, len(taps), _TAPS)
+            ]
+    packed = np.concatenate(pieces, axis=-1)
+    if biased:
+        packed[..., ::2] ^= -128
+    return packed
 
 
 def _bit_places() -> Array:
-    """(256, 8): 64 times the place of each bit that is set in a byte, lowest first, then 0."""
-    places = np.zeros((256, 8), np.uint32)
-    for byte in range(256):
-        set_bits = [bit for bit in range(8) if byte >> bit & 1]
-        places[byte, : len(set_bits)] = [_BLOCK * bit for bit in set_bits]
-    return places
+    """256 * 8 entries: the place of each bit that is set in a byte, lowest first, then 0; 256 more: how many are set."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    places = np.argsort(1 - bits, axis=1, kind="stable") * (np.arange(8) < bits.sum(axis=1)[:, None])
+    return np.concatenate([places.reshape(-1), bits.sum(axis=1)])
 
 
 def _aligned(array: Array) -> Array:

@@ -99,10 +99,41 @@ def test_bands_that_do_not_divide_the_height(
     nodes += [Conv("conv", "lif", rng.integers(-top, top + 1, (c_out, c_in, 3, 3)), bits, stride, padding)]
     nodes += [affine("bn2", "conv", c_out, rng, 4), lif("lif2", "bn2", rng)]
     across = (width + 2 * padding - 3) // stride + 1
-    monkeypatch.setattr(native, "_LIST_BYTES", 4 * 3 * width * c_in * steps * band)
+    monkeypatch.setattr(native, "_LIST_BYTES", native._list_bytes(nodes[-3], width, steps) * band)  # type: ignore[arg-type]
     monkeypatch.setattr(native, "_SUM_BYTES", 4 * -(-across * steps // 16) * 16 * 64 * band)
     network = close([*nodes, Flatten("flat", "lif2")], spec, c_out * height * across, steps)
     check(network, rng.integers(0, 256, (2, 2, rows, width), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("bits", "reach"), [(2, 1), (4, 7), (6, 31), (8, 127)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [((1, 1), 1, 0), ((1, 1), 2, 0), ((2, 4), 2, 1), ((4, 2), 3, 1), ((5, 5), 1, 2), ((3, 7), 1, 2), ((7, 5), 2, 0)],
+)
+def test_windows_of_any_size_over_spikes(
+    name: str,
+    bits: int,
+    reach: int,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Windows of more rows and columns than are taken at a time, strides beyond the window, sums at their limits."""
+    rng = np.random.default_rng([*kernel, stride, bits])
+    c_in, c_out, height, width, steps = 66, 17, 9, 8, 2
+    spec = InputSpec(2, height, width)
+    weight = rng.integers(-reach, reach + 1, (c_out, c_in, *kernel))
+    weight[:3] = np.array([reach, -reach, 0])[:, None, None, None]
+    weight[2, :, :, kernel[1] // 2] = reach
+    for dense in (True, False):
+        nodes = head(c_in, 2, rng, dense=dense)
+        nodes += [Conv("conv", "lif", weight, bits, stride, padding), affine("bn2", "conv", c_out, rng, 4)]
+        nodes += [lif("lif2", "bn2", rng)]
+        down, across = ((size + 2 * padding - k) // stride + 1 for size, k in zip((height, width), kernel, strict=True))
+        network = close([*nodes, Flatten("flat", "lif2")], spec, c_out * down * across, steps)
+        check(network, rng.integers(0, 256, (1, 2, height, width), np.uint8), name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ENGINES)

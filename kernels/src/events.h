@@ -3,30 +3,60 @@
  * Definition: kernels/reference.py:conv2d. This file agrees with it bit for bit (tests/test_kernels_bit_exact.py);
  * where the two differ, this file is wrong. The plain twin is conv.h.
  *
- * For a block of 64 inputs, an output row and a step, the spikes of all the rows its window reaches are merged into one
- * list, ordered by column, so that the window of one output is one run of that list: one branch the processor guesses
- * wrong, not one for each row. An entry is where in the block of weights its row lies, as if the window began at column
- * 0:
- *     weights [outs/64][ins/64][kx][ky][in 64][out 64]      entry = ((column*kh + ky)*64 + in)*64
- * A block of weights (36 KiB for a 3x3 window) is used for all outputs of a band of rows while it is in the L1 cache.
- * With weights of at most 5 bits, rows are added in 8 bits and moved to 16 bits every `flush` rows: flush*max|w| <= 127.
- * The even bytes of a vector are then the first half of its channels, the odd ones the second, and the weights are
- * packed in that order (native.py:_pack_events). The proof holds every partial sum inside 16 bits; where it does not,
- * rows are added in 16 bits and moved to 32 bits every `flush` rows.
+ * A slab is 64 inputs under at most three rows of the window. For a slab, an output row, a column of the input and a
+ * step, the spikes of those rows make one list of bytes: 64*row + input. Each entry names a row of weights for each
+ * window that the column lies under, and these rows lie together: one entry, three rows of 64 outputs for a 3x3 window,
+ * so that a load of an entry, and a branch that the processor guesses wrong, serve three windows.
+ *     weights [outs/64][ins/64][rows of the window/3][taps][row of 3][in 64][tap][out 64]
+ * With a stride s, taps kx, kx+s, ... share their columns; `taps` counts groups of at most three of these. After the
+ * last input comes a row of zeros, with which lists are filled up to a multiple of four entries. A slab of weights
+ * (36 KiB for a 3x3 window) is used for all outputs of a band of rows while it is in the L1 cache.
+ *
+ * Two ways to add 64 weights, half a vector's channels in its even bytes and half in its odd ones
+ * (native.py:_pack_events):
+ * - In 8 bits, moved to 16 bits every `flush` entries; native.py finds from the weights how many fit.
+ * - For larger weights, words a = 256*odd + (even + 128) are added in 16 bits, wherever they wrap, and so are the odd
+ *   bytes alone, b. Then the odd ones sum to b, and the even ones to a - 256*b - 128*entries, modulo 2**16: exact, since
+ *   192 weights of 8 bits fit 16.
+ * Sums of a row have windows to spare at both ends, for columns that lie under windows that are not there.
  */
 
 #define BLOCK 64
 #define VECTORS (BLOCK / VECTOR_BYTES)
+#define TAPS 3 /* windows at a time */
+#define ROWS 3 /* of the window in a slab: entries fit a byte */
+#define FILL 4
+#define WIDE_TAPS (VECTOR_BYTES == 16 ? 1 : TAPS) /* at a time in 16 bits, as many as there are registers for */
 
 typedef int8_t NAME(v8) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int16_t NAME(v16) __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t NAME(u16) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t NAME(v32) __attribute__((vector_size(VECTOR_BYTES)));
-typedef int8_t NAME(half8) __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint32_t NAME(u32) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t NAME(half16) __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-/* Appends base + 64*i for each of the first `count` (at most 64) bytes that is not 0; may write 16 entries beyond. */
-static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t base, const uint32_t *bits,
-                                     uint32_t *to)
+/* A layer's windows along a row. */
+typedef struct NAME(events) {
+    int width, steps, slabs, outs; /* of the outputs; slabs of an output; blocks of outputs */
+    int left, across;              /* windows to spare before the first; windows in all */
+} NAME(events);
+
+static inline int NAME(slab_rows)(const mdsnn_op *op, int slab)
+{
+    int groups = (op->kernel_height + ROWS - 1) / ROWS, left = op->kernel_height - slab % groups * ROWS;
+    return left < ROWS ? left : ROWS;
+}
+
+/* Where the weights of a slab lie among those of a block of outputs. */
+static inline ptrdiff_t NAME(slab_weights)(const mdsnn_op *op, int slab)
+{
+    int groups = (op->kernel_height + ROWS - 1) / ROWS;
+    ptrdiff_t rows = (ptrdiff_t)(slab / groups) * op->kernel_height + slab % groups * ROWS;
+    return (rows * BLOCK + slab) * op->kernel_width * BLOCK;
+}
+
+/* Bits of the first `count` (at most 64) bytes that are not 0: spikes are 0 or 1. */
+static inline uint64_t NAME(spike_mask)(const uint8_t *spikes, int count)
 {
     uint64_t mask;
 #if defined(__AVX512BW__)
@@ -34,12 +64,12 @@ static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t 
 #elif defined(__AVX2__)
     __m256i low = _mm256_loadu_si256((const __m256i *)spikes);
     __m256i high = _mm256_loadu_si256((const __m256i *)(spikes + 32));
-    uint32_t first = (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(low, _mm256_setzero_si256()));
-    uint32_t second = (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(high, _mm256_setzero_si256()));
+    uint32_t first = (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(low, 7));
+    uint32_t second = (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(high, 7));
     mask = first | (uint64_t)second << 32;
 #else
     mask = 0;
-    for (int word = 0; word < 8; word++) { /* a spike is 1: gather the lowest bits of 8 bytes into one */
+    for (int word = 0; word < 8; word++) { /* gather the lowest bits of 8 bytes into one */
         uint64_t eight;
         memcpy(&eight, spikes + 8 * word, sizeof eight);
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -48,55 +78,54 @@ static inline uint32_t *NAME(append)(const uint8_t *spikes, int count, uint32_t 
         mask |= (((eight & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << (8 * word);
     }
 #endif
-    if (count < BLOCK)
-        mask &= ((uint64_t)1 << count) - 1;
-    (void)bits;
-#if defined(__AVX512BW__)
-    __m512i entry = _mm512_add_epi32(
-        _mm512_set1_epi32((int)base),
-        _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 6));
-    for (int part = 0; part < 4; part++) {
-        __mmask16 here = (__mmask16)(mask >> (16 * part));
-        _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(here, entry));
-        to += __builtin_popcount(here);
-        entry = _mm512_add_epi32(entry, _mm512_set1_epi32(16 * BLOCK));
-    }
-#elif defined(__AVX2__)
-    for (int part = 0; part < 8; part++, mask >>= 8, base += 8 * BLOCK) {
-        uint8_t here = (uint8_t)mask;
-        __m256i places = _mm256_loadu_si256((const __m256i *)(bits + 8 * here));
-        _mm256_storeu_si256((__m256i *)to, _mm256_add_epi32(places, _mm256_set1_epi32((int)base)));
-        to += __builtin_popcount(here);
-    }
+    return count < BLOCK ? mask & (((uint64_t)1 << count) - 1) : mask;
+}
+
+/* Appends base + i for each bit i of the mask; may write 8 entries beyond. */
+static inline uint8_t *NAME(append)(uint64_t mask, unsigned base, const uint8_t *bits, uint8_t *to)
+{
+    uint64_t first = base * 0x0101010101010101u;
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++, mask >>= 8, first += 0x0808080808080808u) {
+        uint64_t places;
+        memcpy(&places, bits + 8 * (mask & 255), sizeof places);
+        places += first;
+        memcpy(to, &places, sizeof places);
+#if defined(__POPCNT__)
+        to += __builtin_popcount((unsigned)mask & 255);
 #else
-    while (mask != 0) {
-        *to++ = base + BLOCK * (uint32_t)__builtin_ctzll(mask);
-        mask &= mask - 1;
-    }
+        to += bits[8 * 256 + (mask & 255)];
 #endif
+    }
     return to;
 }
 
-/* Lists of output row y for every block of inputs and step; `starts` takes, for each list, where each column begins. */
-APART static uint32_t *NAME(list_row)(const frame *f, const mdsnn_op *op, const view *in, int steps, int y, const uint32_t *lists,
-                                uint32_t *to, uint32_t *starts, ptrdiff_t starts_block)
+/* Lists of output row y, [slab][x][step]; `starts` takes where each begins and, for each slab, where the last ends. */
+APART static uint8_t *NAME(list_row)(const frame *f, const mdsnn_op *op, const view *in, const NAME(events) *e, int y,
+                                     const uint8_t *lists, uint8_t *to, uint32_t *starts, ptrdiff_t starts_slab)
 {
-    int blocks = (in->channels + BLOCK - 1) / BLOCK;
-    for (int b = 0; b < blocks; b++)
-        for (int t = 0; t < steps; t++) {
-            uint32_t *start = starts + b * starts_block + (ptrdiff_t)t * (in->width + 1);
-            int count = in->channels - b * BLOCK < BLOCK ? in->channels - b * BLOCK : BLOCK;
-            for (int x = 0; x < in->width; x++) {
-                start[x] = (uint32_t)(to - lists);
-                for (int ky = 0; ky < op->kernel_height; ky++) {
-                    int64_t from = (int64_t)y * op->stride + ky - op->padding;
-                    if (from >= 0 && from < in->height)
-                        to = NAME(append)(in->at + from * in->row + x * in->pixel + t * in->step + b * BLOCK, count,
-                                          (uint32_t)((x * op->kernel_height + ky) * BLOCK * BLOCK), f->plan->bits, to);
-                }
-            }
-            start[in->width] = (uint32_t)(to - lists);
+    int groups = (op->kernel_height + ROWS - 1) / ROWS;
+    for (int slab = 0; slab < e->slabs; slab++) {
+        int block = slab / groups, rows = NAME(slab_rows)(op, slab);
+        int count = in->channels - block * BLOCK < BLOCK ? in->channels - block * BLOCK : BLOCK;
+        uint32_t *start = starts + slab * starts_slab;
+        const uint8_t *from[ROWS]; /* null where the row is padding */
+        for (int row = 0; row < rows; row++) {
+            int64_t from_y = (int64_t)y * op->stride + slab % groups * ROWS + row - op->padding;
+            from[row] = from_y >= 0 && from_y < in->height ? in->at + from_y * in->row + block * BLOCK : 0;
         }
+        for (int x = 0; x < in->width; x++)
+            for (int t = 0; t < e->steps; t++) {
+                *start++ = (uint32_t)(to - lists);
+                for (int row = 0; row < rows; row++)
+                    if (from[row])
+                        to = NAME(append)(NAME(spike_mask)(from[row] + x * in->pixel + t * in->step, count),
+                                          (unsigned)(row * BLOCK), f->plan->bits, to);
+                memset(to, rows * BLOCK, FILL);
+                to += (lists - to) & (FILL - 1);
+            }
+        *start = (uint32_t)(to - lists);
+    }
     return to;
 }
 
@@ -110,95 +139,168 @@ static inline __attribute__((always_inline)) void NAME(add_row)(const int8_t *fr
     }
 }
 
-/* sums[64] += the rows at weights + entry. The loops over vectors unroll, so that sums stay in registers. */
-static inline void NAME(add_rows_8)(const uint32_t *entry, const uint32_t *end, const int8_t *weights, int flush,
-                                    int16_t *sums)
+/* sums[16 or 32 bits] += the channels of one vector, the even bytes' in `even`, the odd ones' in `odd`. */
+static inline __attribute__((always_inline)) void NAME(add_words)(NAME(u16) even, NAME(u16) odd, int wide, void *sums)
 {
-    NAME(u16) total[2 * VECTORS];
+    NAME(u16) words[2] = {even, odd};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        if (!wide) {
+            NAME(u16) total;
+            memcpy(&total, (int16_t *)sums + i * (VECTOR_BYTES / 2), sizeof total);
+            total += words[i];
+            memcpy((int16_t *)sums + i * (VECTOR_BYTES / 2), &total, sizeof total);
+            continue;
+        }
+        NAME(half16) half[2];
+        memcpy(half, &words[i], sizeof half);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            int32_t *at = (int32_t *)sums + i * (VECTOR_BYTES / 2) + j * (VECTOR_BYTES / 4);
+            NAME(u32) total;
+            memcpy(&total, at, sizeof total);
+            total += (NAME(u32))__builtin_convertvector(half[j], NAME(v32));
+            memcpy(at, &total, sizeof total);
+        }
+    }
+}
+
+/* Adds the rows listed from `entry` to `end` to the sums of `taps` windows, at sums, sums - next, ... */
+static inline __attribute__((always_inline)) void NAME(add_rows_8)(const uint8_t *entry, const uint8_t *end,
+                                                                   const int8_t *weights, int taps, int flush,
+                                                                   int16_t *sums, ptrdiff_t next)
+{
+    do {
+        const uint8_t *stop = end - entry < flush ? end : entry + flush;
+        NAME(v8) sum[TAPS][VECTORS];
+#pragma GCC unroll 3
+        for (int k = 0; k < taps; k++)
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * VECTORS; v++)
-        memcpy(&total[v], sums + v * (VECTOR_BYTES / 2), sizeof total[v]);
-    while (entry < end) {
-        const uint32_t *stop = end - entry < flush ? end : entry + flush;
-        NAME(v8) sum[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                sum[k][v] = (NAME(v8)){0};
+        for (; entry < stop; entry += FILL)
+#pragma GCC unroll 4
+            for (int i = 0; i < FILL; i++) {
+                const int8_t *row = weights + entry[i] * (ptrdiff_t)(taps * BLOCK);
+#pragma GCC unroll 3
+                for (int k = 0; k < taps; k++)
+                    NAME(add_row)(row + k * BLOCK, sum[k]);
+            }
+#pragma GCC unroll 3
+        for (int k = 0; k < taps; k++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) {
+                NAME(v16) pairs = (NAME(v16))sum[k][v];
+                NAME(add_words)((NAME(u16))((NAME(v16))((NAME(u16))pairs << 8) >> 8), (NAME(u16))(pairs >> 8), 0,
+                                sums - k * next + v * VECTOR_BYTES);
+            }
+    } while (entry < end);
+}
+
+/* The same for weights of up to 8 bits, rows of them `pitch` bytes apart; sums of 32 bits if wide. */
+static inline __attribute__((always_inline)) void NAME(add_rows_16)(const uint8_t *entry, const uint8_t *end,
+                                                                    const int8_t *weights, ptrdiff_t pitch, int taps,
+                                                                    int wide, uint8_t *sums, ptrdiff_t next)
+{
+    NAME(u16) all[TAPS][VECTORS], odd[TAPS][VECTORS];
+#pragma GCC unroll 3
+    for (int k = 0; k < taps; k++)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++)
-            sum[v] = (NAME(v8)){0};
-#pragma GCC unroll 4
-        for (; entry < stop; entry++)
-            NAME(add_row)(weights + *entry, sum);
+            all[k][v] = odd[k][v] = (NAME(u16)){0};
+    NAME(u16) bias = (NAME(u16)){0} + (uint16_t)(128 * (end - entry));
+    for (; entry < end; entry++) {
+        const int8_t *row = weights + *entry * pitch;
+#pragma GCC unroll 3
+        for (int k = 0; k < taps; k++)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) {
-            NAME(v16) pairs = (NAME(v16))sum[v];
-            total[2 * v] += (NAME(u16))((NAME(v16))((NAME(u16))pairs << 8) >> 8);
-            total[2 * v + 1] += (NAME(u16))(pairs >> 8);
-        }
+            for (int v = 0; v < VECTORS; v++) {
+                NAME(v16) words;
+                memcpy(&words, row + k * BLOCK + v * VECTOR_BYTES, sizeof words);
+                all[k][v] += (NAME(u16))words;
+                odd[k][v] += (NAME(u16))(words >> 8);
+            }
     }
+#pragma GCC unroll 3
+    for (int k = 0; k < taps; k++)
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * VECTORS; v++)
-        memcpy(sums + v * (VECTOR_BYTES / 2), &total[v], sizeof total[v]);
+        for (int v = 0; v < VECTORS; v++)
+            NAME(add_words)(all[k][v] - (odd[k][v] << 8) - bias, odd[k][v], wide,
+                            sums - k * next + v * VECTOR_BYTES * (wide ? 4 : 2));
 }
 
-static inline void NAME(add_rows_16)(const uint32_t *entry, const uint32_t *end, const int8_t *weights, int16_t *sums)
+/* The columns under one group of taps: from column `x` on, every stride-th, whose first window is at sums. */
+static inline __attribute__((always_inline)) void NAME(events_taps)(const mdsnn_op *op, int method, int taps,
+                                                                    const view *in, int x, int steps,
+                                                                    const uint8_t *lists, const uint32_t *starts,
+                                                                    const int8_t *weights, uint8_t *sums)
 {
-    NAME(v16) total[2 * VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < 2 * VECTORS; v++)
-        memcpy(&total[v], sums + v * (VECTOR_BYTES / 2), sizeof total[v]);
-#pragma GCC unroll 2
-    for (; entry < end; entry++)
-#pragma GCC unroll 8
-        for (int v = 0; v < 2 * VECTORS; v++) {
-            const int8_t *row = weights + *entry + v * (VECTOR_BYTES / 2);
-#if defined(__AVX512BW__)
-            total[v] += (NAME(v16))_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)row));
-#elif defined(__AVX2__)
-            total[v] += (NAME(v16))_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)row));
-#else
-            NAME(half8) half;
-            memcpy(&half, row, sizeof half);
-            total[v] += __builtin_convertvector(half, NAME(v16));
-#endif
-        }
-#pragma GCC unroll 8
-    for (int v = 0; v < 2 * VECTORS; v++)
-        memcpy(sums + v * (VECTOR_BYTES / 2), &total[v], sizeof total[v]);
-}
-
-static inline void NAME(add_rows_32)(const uint32_t *entry, const uint32_t *end, const int8_t *weights, int flush,
-                                     int32_t *sums)
-{
-    while (entry < end) {
-        const uint32_t *stop = end - entry < flush ? end : entry + flush;
-        int16_t few[BLOCK];
-        memset(few, 0, sizeof few);
-        NAME(add_rows_16)(entry, stop, weights, few);
-        for (int c = 0; c < BLOCK; c++)
-            sums[c] += few[c];
-        entry = stop;
-    }
-}
-
-/* Adds one block of inputs to the sums [x][t][64] of one output row, int32 for EVENTS_32, else int16. */
-APART static void NAME(events_row)(const mdsnn_op *op, const view *in, int width, int steps, const uint32_t *lists,
-                             const uint32_t *starts, const int8_t *weights, void *sums)
-{
-    ptrdiff_t column = (ptrdiff_t)op->kernel_height * BLOCK * BLOCK, at = 0;
-    for (int x = 0; x < width; x++) {
-        int64_t from = (int64_t)x * op->stride - op->padding, to = from + op->kernel_width;
-        /* the window may begin before the weights: entries make up for it, so the sum is always inside */
-        uintptr_t origin = (uintptr_t)weights - (uintptr_t)(from * column);
-        from = from < 0 ? 0 : from;
-        to = to > in->width ? in->width : to;
-        for (int t = 0; t < steps; t++, at += BLOCK) {
-            const uint32_t *start = starts + (ptrdiff_t)t * (in->width + 1);
-            const uint32_t *entry = lists + start[from], *end = lists + start[to];
-            if (op->method == MDSNN_EVENTS_8)
-                NAME(add_rows_8)(entry, end, (const int8_t *)origin, op->flush, (int16_t *)sums + at);
-            else if (op->method == MDSNN_EVENTS_16)
-                NAME(add_rows_16)(entry, end, (const int8_t *)origin, (int16_t *)sums + at);
+    const int wide = method == MDSNN_EVENTS_32;
+    const ptrdiff_t size = wide ? 4 : 2, next = (ptrdiff_t)steps * BLOCK;
+    const int flush = op->flush, stride = op->stride, width = in->width;
+    for (; x < width; x += stride)
+        for (int t = 0; t < steps; t++, sums += BLOCK * size) {
+            const uint32_t *start = starts + (ptrdiff_t)x * steps + t;
+            const uint8_t *entry = lists + start[0], *end = lists + start[1];
+            if (entry == end)
+                continue;
+            if (method == MDSNN_EVENTS_8)
+                NAME(add_rows_8)(entry, end, weights, taps, flush, (int16_t *)sums, next);
             else
-                NAME(add_rows_32)(entry, end, (const int8_t *)origin, op->flush, (int32_t *)sums + at);
+                for (int k = 0; k < taps; k += WIDE_TAPS)
+                    NAME(add_rows_16)(entry, end, weights + k * BLOCK, taps * BLOCK,
+                                      taps - k < WIDE_TAPS ? taps - k : WIDE_TAPS, wide, sums - k * next * size,
+                                      next * size);
+        }
+}
+
+/* Adds one slab of inputs to the sums [window][t][64] of one output row, int32 for EVENTS_32, else int16. */
+APART static void NAME(events_row)(const mdsnn_op *op, const view *in, const NAME(events) *e, int slab,
+                                   const uint8_t *lists, const uint32_t *starts, const int8_t *weights, uint8_t *sums)
+{
+    const int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
+    const ptrdiff_t window = (ptrdiff_t)e->steps * BLOCK * (op->method == MDSNN_EVENTS_32 ? 4 : 2);
+    const ptrdiff_t tap = (ptrdiff_t)(NAME(slab_rows)(op, slab) * BLOCK + 1) * BLOCK;
+    for (int class = 0; class < classes; class++) {
+        int taps = (op->kernel_width - class + stride - 1) / stride, x = class - op->padding;
+        x = x < 0 ? (stride - -x % stride) % stride : x; /* the first column of this class */
+        for (int first = 0; first < taps; first += TAPS) {
+            int together = taps - first < TAPS ? taps - first : TAPS;
+            uint8_t *at = sums + (e->left + (x + op->padding - class) / stride - first) * window;
+#define MDSNN_EVENTS_TAPS(METHOD)                                                                                    \
+    if (together == 3)                                                                                               \
+        NAME(events_taps)(op, METHOD, 3, in, x, e->steps, lists, starts, weights, at);                               \
+    else if (together == 2)                                                                                          \
+        NAME(events_taps)(op, METHOD, 2, in, x, e->steps, lists, starts, weights, at);                               \
+    else                                                                                                             \
+        NAME(events_taps)(op, METHOD, 1, in, x, e->steps, lists, starts, weights, at)
+            if (op->method == MDSNN_EVENTS_8) {
+                MDSNN_EVENTS_TAPS(MDSNN_EVENTS_8);
+            } else if (op->method == MDSNN_EVENTS_16) {
+                MDSNN_EVENTS_TAPS(MDSNN_EVENTS_16);
+            } else {
+                MDSNN_EVENTS_TAPS(MDSNN_EVENTS_32);
+            }
+#undef MDSNN_EVENTS_TAPS
+            weights += tap * together;
         }
     }
 }
+
+static NAME(events) NAME(events_prepare)(const mdsnn_op *op, const view *in, int outs, int width, int steps)
+{
+    NAME(events) e;
+    int last = (in->width - 1 + op->padding) / op->stride; /* the last window that a column lies under */
+    e.width = width;
+    e.steps = steps;
+    e.slabs = (in->channels + BLOCK - 1) / BLOCK * ((op->kernel_height + ROWS - 1) / ROWS);
+    e.outs = (outs + BLOCK - 1) / BLOCK;
+    e.left = (op->kernel_width - 1) / op->stride;
+    e.across = e.left + (last < width ? width : last + 1);
+    return e;
+}
+
+#undef TAPS
+#undef ROWS
+#undef FILL
+#undef WIDE_TAPS

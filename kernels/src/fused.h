@@ -3,28 +3,27 @@
 static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
-    int steps = steps_of(f, op), ins = (in.channels + BLOCK - 1) / BLOCK, outs = (to.channels + BLOCK - 1) / BLOCK;
-    uint32_t *lists = (uint32_t *)(f->call->scratch + op->work_input);
+    NAME(events) e = NAME(events_prepare)(op, &in, to.channels, to.width, steps_of(f, op));
+    uint8_t *lists = f->call->scratch + op->work_input, *sums = f->call->scratch + op->work_sums;
     uint32_t *starts = (uint32_t *)(f->call->scratch + op->work_starts);
-    uint8_t *sums = f->call->scratch + op->work_sums;
     int wide = op->method == MDSNN_EVENTS_32;
-    ptrdiff_t starts_row = (ptrdiff_t)steps * (in.width + 1), starts_block = starts_row * op->band;
-    ptrdiff_t sums_row = (ptrdiff_t)to.width * steps * BLOCK * (wide ? 4 : 2); /* bytes */
-    ptrdiff_t weights = (ptrdiff_t)op->kernel_height * op->kernel_width * BLOCK * BLOCK;
+    ptrdiff_t starts_slab = (ptrdiff_t)e.steps * in.width + 1, starts_row = starts_slab * e.slabs;
+    ptrdiff_t window = (ptrdiff_t)e.steps * BLOCK * (wide ? 4 : 2), sums_row = e.across * window; /* bytes */
+    ptrdiff_t weights = NAME(slab_weights)(op, e.slabs);
     int16_t *y_row = (int16_t *)(f->call->scratch + op->work_y);
     for (int y = 0; y < to.height; y += op->band) {
         int rows = to.height - y < op->band ? to.height - y : op->band;
-        uint32_t *end = lists;
+        uint8_t *end = lists;
         for (int r = 0; r < rows; r++)
-            end = NAME(list_row)(f, op, &in, steps, y + r, lists, end, starts + r * starts_row, starts_block);
-        for (int o = 0; o < outs; o++) {
+            end = NAME(list_row)(f, op, &in, &e, y + r, lists, end, starts + r * starts_row, starts_slab);
+        for (int o = 0; o < e.outs; o++) {
             memset(sums, 0, (size_t)(sums_row * rows));
-            for (int i = 0; i < ins; i++)
+            for (int i = 0; i < e.slabs; i++)
                 for (int r = 0; r < rows; r++)
-                    NAME(events_row)(op, &in, to.width, steps, lists, starts + i * starts_block + r * starts_row,
-                                     op->weight + ((ptrdiff_t)o * ins + i) * weights, sums + r * sums_row);
+                    NAME(events_row)(op, &in, &e, i, lists, starts + r * starts_row + i * starts_slab,
+                                     op->weight + o * weights + NAME(slab_weights)(op, i), sums + r * sums_row);
             for (int r = 0; r < rows; r++)
-                NAME(epilogue)(f, op, k, sums + r * sums_row, wide, y_row, y + r, 0, to.width, o);
+                NAME(epilogue)(f, op, k, sums + r * sums_row + e.left * window, wide, y_row, y + r, 0, to.width, o);
         }
     }
 }

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 7 };
+enum mdsnn_version { MDSNN_CONTRACT = 8 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -38,7 +38,7 @@ enum mdsnn_kind {
 enum mdsnn_method {
     MDSNN_EVENTS_8,  /* spikes: rows of weights added in 8 bits, moved to 16 bits every `flush` rows */
     MDSNN_EVENTS_16, /* spikes: rows of weights added in 16 bits */
-    MDSNN_EVENTS_32, /* the same, moved to 32 bits every `flush` rows */
+    MDSNN_EVENTS_32, /* the same, moved to 32 bits column by column */
     MDSNN_PAIRS,     /* codes of 8 bits: products of pairs of inputs, 32 bits */
     MDSNN_TILES      /* spikes or codes of 8 bits: AMX */
 };
@@ -103,7 +103,7 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *bn;
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t method;        /* enum mdsnn_method */
-    int32_t flush;         /* rows that 8 (or 16) bits can add */
+    int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4 */
     int32_t band;          /* output rows worked on at a time */
     int32_t depth;         /* pairs: inputs under a window, even */
     int64_t work_input;    /* bytes into scratch: the lists of spikes, or the input as the method wants it */
@@ -121,7 +121,7 @@ typedef struct mdsnn_plan {
     int32_t stream_type;   /* MDSNN_I16 or MDSNN_I32: the type of every stream value */
     int32_t chunk;         /* most steps a pass over the operations takes; scratch is sized for it */
     int32_t counters;
-    const uint32_t *bits;  /* [256][8]: 64 times the place of each bit that is set in a byte, lowest first */
+    const uint8_t *bits;   /* [256][8]: the place of each bit that is set in a byte, lowest first; [256]: their number */
     int64_t counted;       /* bytes into the state: counts of the fixed values, int64 [counters] */
     int64_t state_bytes, scratch_bytes;
 } mdsnn_plan;
