@@ -772,7 +772,7 @@ def _pack_events(conv: Conv, vector: int, biased: bool) -> Array:
 
 
 def _bit_places() -> Array:
-    """256 * 8 entries: the place of each bit that is set in a byte, lowest first, then 0; 256 more: how many are set."""
+    """256 * 8 entries: the place of each bit that is set in a byte, lowest first, then 0; 256 more: how many."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     places = np.argsort(1 - bits, axis=1, kind="stable") * (np.arange(8) < bits.sum(axis=1)[:, None])
     return np.concatenate([places.reshape(-1), bits.sum(axis=1)])
