@@ -371,17 +371,22 @@ class Augmentation:
             raise ConfigError("augmentation: " + "; ".join(faults))
 
 
-def augment(x: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Change a batch of uint8 samples at random; every timestep of a sample changes alike.
+def augment(
+    x: Tensor, augmentation: Augmentation, generator: torch.Generator, *, part: tuple[slice, int] | None = None
+) -> Tensor:
+    """Change a batch of uint8 samples at random, on the device it is on; every timestep of a sample changes alike.
 
     x        [N, C, H, W] or [T, N, C, H, W] uint8
+    part     (where, of): x are the samples `where` of a batch of `of`; the numbers of the whole batch are drawn, so
+             that each sample changes as if the batch were whole
     returns  the same shape, uint8: shifted (a random crop of the zero-padded sample), mirrored left to right with
              probability 1/2, and with one square of zeros, clipped at the border, centred anywhere
     """
     count, height, width = x.shape[-4], x.shape[-2], x.shape[-1]
+    mine, of = (slice(0, count), count) if part is None else part
     if augmentation.shift:
         pad = augmentation.shift
-        dy, dx = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(x.device)
+        dy, dx = torch.randint(0, 2 * pad + 1, (2, of), generator=generator)[:, mine].to(x.device)
         padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
         rows = (dy[:, None] + torch.arange(height, device=x.device))[:, None, :, None]
         columns = (dx[:, None] + torch.arange(width, device=x.device))[:, None, None, :]
@@ -389,11 +394,11 @@ def augment(x: Tensor, augmentation: Augmentation, generator: torch.Generator) -
         channel = torch.arange(x.shape[-3], device=x.device)[None, :, None, None]
         x = padded[..., sample, channel, rows, columns]
     if augmentation.flip:
-        chosen = (torch.rand(count, generator=generator) < 0.5).to(x.device)
+        chosen = (torch.rand(of, generator=generator) < 0.5)[mine].to(x.device)
         x = torch.where(chosen[:, None, None, None], x.flip(-1), x)
     if augmentation.cutout:
-        cy = torch.randint(0, height, (count,), generator=generator).to(x.device)
-        cx = torch.randint(0, width, (count,), generator=generator).to(x.device)
+        cy = torch.randint(0, height, (of,), generator=generator)[mine].to(x.device)
+        cx = torch.randint(0, width, (of,), generator=generator)[mine].to(x.device)
         half = augmentation.cutout // 2
         y, z = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
         inside_y = (y >= (cy - half)[:, None]) & (y < (cy - half + augmentation.cutout)[:, None])

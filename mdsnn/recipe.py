@@ -41,11 +41,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "schedule": ("cosine", "constant"),
     "device": ("cpu", "cuda"),
+    "quantizer": ("tanh", "mint"),
+    "norm": ("bn", "tdbn"),
+    "precision": ("float32", "bf16"),
 }
 _WHOLE: dict[str, tuple[int, int]] = {
     "timesteps": (1, 1024),
     "bits": (MIN_BITS, MAX_BITS),
-    "weight_bits": (MIN_BITS, MAX_BITS),
+    "weight_bits": (MIN_BITS, MAX_BITS),  # or 32: see _faults
     "membrane_bits": (MIN_BITS, MAX_BITS),
     "bn_bits": (MIN_BITS, MAX_BITS),
     "stem_bits": (MIN_BITS, MAX_BITS),
@@ -56,6 +59,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "threads": (0, 1024),
     "shift": (0, 64),
     "cutout": (0, 1024),
+    "freeze_epochs": (0, 100_000),
 }
 _REAL: dict[str, tuple[float, float]] = {  # open at the lower end where that is no value: see _faults
     "tau": (0.0, 1.0),
@@ -83,6 +87,8 @@ class TrainConfig:
     model          "ms_resnet" | "vgg"
     depth          18 or 34, or give blocks and widths, one number a group; a student takes its teacher's by default
     bits           of weights and membranes, 2..8; weight_bits and membrane_bits override it. Unused by "original"
+    *_bits         2..8; 32 leaves weights, membranes or BN at full precision. A student whose weights or membranes are
+                   at 32 has no integer form: it is an ablation, with a live accuracy alone
     tau, v_th, reset, surrogate, quantize, alpha, stem, *_bits, frac_bits, clip   as mdsnn.models.ms_resnet
     loss           "CLK" | "CLM" | "CL", weighted by loss_weights (alpha, beta, gamma of Eq. 7)
     temperature    of Eq. 6 for membranes; logit_temperature for logits, None: the same; direction: see distill
@@ -91,6 +97,10 @@ class TrainConfig:
     weight_decay   on convolution and classifier weights only       momentum: of SGD
     grad_clip      largest norm of the whole gradient; 0: unlimited
     shift, flip, cutout   augmentation on uint8, see mdsnn.data.Augmentation
+    freeze_epochs  so many last epochs train under fixed BN statistics and EMA scales, those that freezing takes
+    quantizer      of weights and membranes: "tanh" (Eq. 3) or "mint" (one learned scale)     norm: "bn" | "tdbn"
+    precision      "bf16": convolutions and matrix products of the live network by autocast; never of the frozen one
+    compile        by torch.compile     checkpoint_activations: less memory, more time
     seed           of weights, order and augmentation     threads: of torch; 0: as they are     device: "cpu" | "cuda"
     """
 
@@ -143,6 +153,12 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0
     device: str = "cpu"
+    quantizer: str = "tanh"
+    norm: str = "bn"
+    freeze_epochs: int = 0
+    precision: str = "float32"
+    compile: bool = False
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         for name in ("blocks", "widths", "loss_weights"):
@@ -180,8 +196,11 @@ def _faults(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         if value is None and name in ("weight_bits", "membrane_bits"):
             continue
+        if type(value) is int and value == FULL_PRECISION and name in ("weight_bits", "membrane_bits", "bn_bits"):
+            continue
         if type(value) is not int or not low <= value <= high:
-            found.append(f"{name} = {value!r} is no whole number in {low}..{high}")
+            or_full = ", or 32" if name in ("weight_bits", "membrane_bits", "bn_bits") else ""
+            found.append(f"{name} = {value!r} is no whole number in {low}..{high}{or_full}")
     for name, (least, most) in _REAL.items():
         value = getattr(config, name)
         if value is None and name == "logit_temperature":
@@ -189,8 +208,10 @@ def _faults(config: TrainConfig) -> list[str]:
         number = type(value) in (int, float) and math.isfinite(value)
         if not number or not least <= value <= most or (name in _ABOVE_0 and value == 0):
             found.append(f"{name} = {value!r} is no number in {'(' if name in _ABOVE_0 else '['}{least:g}, {most:g}]")
-    if type(config.flip) is not bool:
-        found.append(f"flip = {config.flip!r} is neither true nor false")
+    for name in ("flip", "checkpoint_activations", "compile"):
+        value = getattr(config, name)
+        if type(value) is not bool:
+            found.append(f"{name} = {value!r} is neither true nor false")
     weights = config.loss_weights
     if (
         type(weights) is not tuple

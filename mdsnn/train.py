@@ -12,7 +12,11 @@ appears whole or not at all, so a run can be stopped at any instant; resumed on 
 threads, it ends with the same bits as if it had never been stopped. A run that stops by itself at a limit of time saves
 its last step, within an epoch too; one that is killed goes on from its last whole epoch.
 
-Accuracy is what the frozen, integer network reaches on the test images; the live figure stands beside it.
+Started by torchrun, several processes train one network: each takes its share of every batch of `batch_size`, draws the
+same random numbers, and ends with the same weights (mdsnn.parallel). The first alone writes and measures.
+
+Accuracy is what the frozen, integer network reaches on the test images; the live figure stands beside it. A student
+whose weights or membranes stay at 32 bits, an ablation, has no integers: it has the live figure alone.
 """
 
 from __future__ import annotations
@@ -47,8 +51,11 @@ from mdsnn.kernels.formats import Grid
 from . import checkpoint as checkpoints
 from . import data as datasets
 from . import distill
-from .layers import LIF, taps
+from .board import Board
+from .layers import LIF, QuantBatchNorm2d, taps
 from .models import build
+from .parallel import Team, team
+from .quantizers import FULL_PRECISION
 from .recipe import DEPTHS, PATHS, WIDTHS, TrainConfig, digits_recipe, recipe
 
 __all__ = [
@@ -98,6 +105,14 @@ def accuracy(model: nn.Module, x: npt.NDArray[np.uint8], y: npt.NDArray[np.int64
 
 def spike_rates(model: nn.Module, x: npt.NDArray[np.uint8], *, batch_size: int = 256) -> dict[str, float]:
     """Share of neuron-steps that fire, for every LIF by its module path, over all samples and timesteps; 0..1."""
+    with _firing(model) as rates:
+        predict(model, x, batch_size=batch_size)
+    return rates()
+
+
+@contextmanager
+def _firing(model: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+    """While open, count the spikes of every LIF; what it gives returns their rates."""
     fired: dict[str, float] = {}
     seen: dict[str, int] = {}
 
@@ -110,11 +125,10 @@ def spike_rates(model: nn.Module, x: npt.NDArray[np.uint8], *, batch_size: int =
 
     handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, LIF)]
     try:
-        predict(model, x, batch_size=batch_size)
+        yield lambda: {name: fired[name] / seen[name] for name in fired}
     finally:
         for handle in handles:
             handle.remove()
-    return {name: fired[name] / seen[name] for name in fired}
 
 
 # ------------------------------------------------------------------------------------------------------ one run
@@ -160,6 +174,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     max_minutes: float | None = None,
+    tensorboard: bool = False,
     progress: Callable[[Progress], None] | None = None,
     data: datasets.Dataset | None = None,
 ) -> TrainResult:
@@ -169,6 +184,8 @@ def train(
     force    overwrite an earlier run in the folder
     max_minutes  wall clock of this call: past it the run saves the step it is at and stops. It shortens no schedule:
              resumed, the run goes on as if it had never stopped. At least one step is made
+    tensorboard  write event files too (mdsnn.board); needs the package tensorboard
+    progress     is called in the first of several processes only; the result is the same in all
     data     a data set of your own instead of `mdsnn.data.load(config.data, config.data_path)`
     raises   ConfigError, CheckpointError (a teacher, or a run to resume, that does not fit), StorageError (the folder
              holds a run already, or cannot be written), TrainingError (a loss that is not finite);
@@ -177,15 +194,25 @@ def train(
     deadline = math.inf if max_minutes is None else time.monotonic() + 60.0 * max_minutes
     if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0.0):
         raise ConfigError(f"max_minutes = {max_minutes!r} is no time above 0")
-    with _threads(config.threads):
-        run = _Run(config, data, resume=resume, force=force)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("device 'cuda': torch sees no GPU here; leave device at 'cpu', or install a CUDA torch")
+    with team(config.device) as processes, _threads(config.threads):
+        with processes.in_turn():
+            run = _Run(config, data, processes, resume=resume, force=force)
+            if tensorboard and processes.leads:
+                run.board = Board(run.folder, run.history)
         try:
-            finished = run.loop(progress, deadline)
-            return run.finish() if finished else run.pause()
+            run.gather()
+            finished = run.loop(progress if processes.leads else None, deadline)
+            result = (run.finish() if finished else run.pause()) if processes.leads else None
+            return cast(TrainResult, processes.tell(result))
         except KeyboardInterrupt:
             done = f"{run.epoch} of {config.epochs} epochs are saved in {run.folder}"
             message = f"interrupted; {done}. Go on with resume (mdsnn train ... --resume)"
             raise KeyboardInterrupt(message) from None
+        finally:
+            if run.board is not None:
+                run.board.close()
 
 
 @contextmanager
@@ -202,15 +229,24 @@ def _threads(count: int) -> Iterator[None]:
 class _Run:
     """One run in one process: what changes while it trains, and its folder."""
 
-    def __init__(self, config: TrainConfig, data: datasets.Dataset | None, *, resume: bool, force: bool) -> None:
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise MissingError("device 'cuda': torch sees no GPU here; leave device at 'cpu', or install a CUDA torch")
+    def __init__(
+        self, config: TrainConfig, data: datasets.Dataset | None, processes: Team, *, resume: bool, force: bool
+    ) -> None:
+        if config.batch_size < 2 * processes.size:
+            raise ConfigError(
+                f"batch_size = {config.batch_size} leaves {processes.size} processes fewer than 2 samples each, too few"
+                f" for batch normalization. Raise it to {2 * processes.size}, or start fewer processes"
+            )
+        self.team = processes
+        self.board: Board | None = None
+        self.device = processes.device(config.device)
         self.folder = make_folder(config.save_path)
         if config.teacher_path is not None and Path(config.teacher_path).resolve().parent == self.folder.resolve():
             raise ConfigError(f"{config.teacher_path}: the teacher lies in save_path, where this run would replace it")
         resume = resume and (self.folder / LAST).exists()
         for name in (LAST, FINAL):
-            check_writable(self.folder / name, force=resume or force)
+            if processes.leads:
+                check_writable(self.folder / name, force=resume or force)
         self.data = datasets.load(config.data, config.data_path) if data is None else data
         if self.data.coding == "events" and config.timesteps > len(self.data.train_x):
             raise ConfigError(
@@ -226,12 +262,17 @@ class _Run:
         self.teacher: nn.Module | None = None
         if teacher is not None and config.setting == "qamd":
             self.teacher = _check_teacher(teacher, self.model, str(config.teacher_path))
-        self.model.to(config.device)
+        for model in (self.model, self.teacher):
+            if model is not None and self.device.type == "cpu":
+                model.to(self.device)
+            elif model is not None:
+                model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = _optimizer(self.model, self.config)
         self.document = {name: x for name, x in self.config.document().items() if name not in PATHS}
         self.document |= {"data": self.data.name, "data_sha256": self.data.digest(), "teacher_sha256": teacher_digest}
         self.samples = self.data.train_x.shape[0 if self.data.coding == "image" else 1]
         self.steps = math.ceil(self.samples / config.batch_size)
+        self.late = False
         self.epoch = 0  # epochs that are whole
         self.step = 0  # steps of the next one that are made
         self.sums = dict.fromkeys(_SUMS, 0.0)  # over those steps
@@ -240,17 +281,37 @@ class _Run:
         self.step_seconds: list[float] = []
         if resume:
             self._restore()
-        else:
+        elif processes.leads:
             for name in (LAST, FINAL):  # a forced run starts clean: an old last.ckpt must not outlive its recipe
                 (self.folder / name).unlink(missing_ok=True)
         self.augmentation = datasets.Augmentation(config.shift, config.flip and self.data.flips, config.cutout)
+        # the whole set as uint8 on the device: a step moves indices, not images
+        self.train_x, self.train_y = (
+            torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self.device)
+            for x in (self.data.train_x, self.data.train_y)
+        )
         self.student_taps: list[LIF] = []
         self.teacher_taps: list[LIF] = []
         if self.teacher is not None and distill.MEMBRANE[config.loss] is not None:
             self.student_taps, self.teacher_taps = taps(self.model, config.taps), taps(self.teacher, config.taps)
             for lif in (*self.student_taps, *self.teacher_taps):
                 lif.tap = True
-        self._write_recipe()
+        self.forward, self.teacher_forward = self.model, self.teacher
+        if processes.leads:
+            self._write_recipe()
+
+    def gather(self) -> None:
+        """Join the other processes: check that they do the same, and put the networks where training calls them."""
+        state = {"epoch": self.epoch, "step": self.step, "recipe": self.document}
+        self.team.check_same("data, teacher, recipe or last.ckpt", json.dumps(state, sort_keys=True))
+        late = self.config.alpha == "learned" or self.config.quantizer == "mint"  # scales that the first batch starts
+        self.forward = self.team.wrap(self.model, self.device, unused=late)
+        if self.config.compile:
+            self.forward = cast(nn.Module, torch.compile(self.forward))
+            self.teacher_forward = None if self.teacher is None else cast(nn.Module, torch.compile(self.teacher))
+        # what is neither a constant nor trained by a gradient in every step
+        self.statistics = [x for x in self.model.buffers() if x.is_floating_point()]
+        self.statistics += [x for x in self.model.parameters() if x.ndim == 0]
 
     # -- the loop
 
@@ -261,22 +322,27 @@ class _Run:
             spoilt = [name for name, x in self.model.state_dict().items() if not bool(x.isfinite().all())]
             if spoilt:
                 raise TrainingError(f"epoch {self.epoch + 1}: NaN or infinity in '{spoilt[0]}'. {_REMEDY}")
-            if row is None:
+            if row is not None:
+                self.history.append(row)
+                self.epoch, self.step, self.sums = self.epoch + 1, 0, dict.fromkeys(_SUMS, 0.0)
+            if self.team.leads:
                 self._save(LAST)
-                return False
-            self.history.append(row)
-            self.epoch, self.step, self.sums = self.epoch + 1, 0, dict.fromkeys(_SUMS, 0.0)
-            self._save(LAST)
-            self._write_metrics()
-            if progress is not None:
+                self._write_metrics()
+            if self.board is not None and row is not None:
+                self.board.add(row)
+            if progress is not None and row is not None:
                 progress(Progress(self.epoch, self.config.epochs, self.steps, self.steps, row["loss"], row))
-            if time.monotonic() >= deadline and self.epoch < self.config.epochs:
+            if self.late and self.epoch < self.config.epochs:
                 return False
         return True
 
     def _one_epoch(self, progress: Callable[[Progress], None] | None, deadline: float) -> dict[str, Any] | None:
         """The rest of the epoch, and its row; None if `deadline` came before its last step."""
         self.model.train()
+        if self.epoch >= self.config.epochs - self.config.freeze_epochs:
+            for module in self.model.modules():  # weights go on under the statistics and scales that freezing will take
+                if isinstance(module, QuantBatchNorm2d | LIF):
+                    module.eval()
         rate = 0.0
         for step, index in enumerate(self._order()):
             if step < self.step:
@@ -285,20 +351,18 @@ class _Run:
             rate = learning_rate(self.config, self.epoch * self.steps + step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            x = torch.from_numpy(datasets.take(self.data.train_x, index.numpy(), self.data.coding))
-            x = datasets.augment(x, self.augmentation, self.generator).to(self.config.device)
-            y = torch.from_numpy(self.data.train_y[index.numpy()]).to(self.config.device)
-            losses, z = self._step(x, y)
-            share = len(index) / self.samples
+            share = self.team.share(len(index))
+            x, y = self._batch(index[share], share, len(index))
+            losses, correct, self.late = self._step(x, y, len(index), deadline)
             for name, part in zip(_LOSSES, losses, strict=True):
-                self.sums[name] += part * share
-            self.sums["train_accuracy"] += float((z.argmax(1) == y).sum()) / self.samples
+                self.sums[name] += part * (len(index) / self.samples)
+            self.sums["train_accuracy"] += correct / self.samples
             self.step = step + 1
             self.step_seconds.append(time.perf_counter() - started)
             if self.step < self.steps:
                 if progress is not None:
                     progress(Progress(self.epoch, self.config.epochs, self.step, self.steps, losses[0]))
-                if time.monotonic() >= deadline:
+                if self.late:
                     return None
         return {"epoch": self.epoch + 1, **self.sums, "lr": rate}
 
@@ -312,48 +376,74 @@ class _Run:
         order = torch.randperm(self.samples, generator=generator)
         return torch.tensor_split(order, self.steps)
 
-    def _step(self, x: Tensor, y: Tensor) -> tuple[tuple[float, float, float, float], Tensor]:
-        """One update; returns (loss, cross-entropy, logit, membrane) and the logits."""
+    def _batch(self, index: Tensor, share: slice, count: int) -> tuple[Tensor, Tensor]:
+        """Samples and labels of this process's share of a batch of `count`, augmented on the device."""
+        index = index.to(self.device)
+        x = self.train_x.index_select(0 if self.data.coding == "image" else 1, index)
+        x = datasets.augment(x, self.augmentation, self.generator, part=(share, count))
+        return x, self.train_y.index_select(0, index)
+
+    def _losses(self, x: Tensor, y: Tensor) -> tuple[distill.Losses, Tensor]:
+        """The parts of the loss of a batch, and its logits."""
         config = self.config
-        try:
-            z = self.model(self._window(x, self.model))
-            if self.teacher is None:
-                loss = functional.cross_entropy(z, y, label_smoothing=config.label_smoothing)
-                parts = distill.Losses(loss, loss, z.new_zeros(()), z.new_zeros(()))
-            else:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            z = self.forward(self._window(x, self.model)).float()
+            if self.teacher is not None and self.teacher_forward is not None:
                 with torch.no_grad():
-                    teacher_z = self.teacher(self._window(x, self.teacher))
-                parts = distill.total_loss(
-                    config.loss,
-                    z,
-                    y,
-                    teacher_z,
-                    _membranes(self.teacher_taps),
-                    _membranes(self.student_taps),
-                    weights=config.loss_weights,
-                    tau=config.temperature,
-                    logit_tau=config.logit_temperature,
-                    direction=config.direction,
-                    label_smoothing=config.label_smoothing,
-                )
+                    teacher_z = self.teacher_forward(self._window(x, self.teacher)).float()
+        if self.teacher is None:
+            loss = functional.cross_entropy(z, y, label_smoothing=config.label_smoothing)
+            return distill.Losses(loss, loss, z.new_zeros(()), z.new_zeros(())), z
+        parts = distill.total_loss(
+            config.loss,
+            z,
+            y,
+            teacher_z,
+            _membranes(self.teacher_taps),
+            _membranes(self.student_taps),
+            weights=config.loss_weights,
+            tau=config.temperature,
+            logit_tau=config.logit_temperature,
+            direction=config.direction,
+            label_smoothing=config.label_smoothing,
+        )
+        return parts, z
+
+    def _step(self, x: Tensor, y: Tensor, count: int, deadline: float) -> tuple[list[float], float, bool]:
+        """One update by a batch of `count` samples, of which x and y are this process's.
+
+        returns  (loss, cross-entropy, logit, membrane), how many of the batch are right, and whether it is too late
+        """
+        try:
+            parts, z = self._losses(x, y)
         except FormatError as fault:  # a quantizer met a NaN
             raise self._not_finite(x, "the forward pass is not finite", str(fault)) from fault
-        values = [float(part.detach()) for part in (parts.total, parts.cross_entropy, parts.logit, parts.membrane)]
-        if not math.isfinite(values[0]):
-            raise self._not_finite(x, f"the loss is {values[0]}", "the loss itself")
         self.optimizer.zero_grad(set_to_none=True)
-        parts.total.backward()  # type: ignore[no-untyped-call]
+        share = len(y) / count  # of the batch; the gradients of the processes are averaged
+        loss = parts.total if self.team.size == 1 else parts.total * (share * self.team.size)
+        with self.team.together():
+            loss.backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         norm = nn.utils.get_total_norm(gradients.values())
-        if not bool(norm.isfinite()):  # a spike hides a NaN from the loss, not from the gradient
+        values = [parts.total, parts.cross_entropy, parts.logit, parts.membrane, (z.argmax(1) == y).sum(), norm]
+        *losses, right, length = torch.stack([value.detach().double() for value in values]).tolist()  # the device waits
+        if not math.isfinite(losses[0]):
+            raise self._not_finite(x, f"the loss is {losses[0]}", "the loss itself")
+        if not math.isfinite(length):  # a spike hides a NaN from the loss, not from the gradient
             bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
             raise self._not_finite(
                 x, "the gradient is not finite", f"the gradient of '{bad[-1]}'" if bad else "their norm"
             )
-        if config.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, norm)
         self.optimizer.step()
-        return (values[0], values[1], values[2], values[3]), z.detach()
+        late = time.monotonic() >= deadline
+        if self.team.size == 1:
+            return losses, right, late
+        mine = [*(part * share for part in losses), right, float(late and self.team.leads)]
+        extra = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        *losses, right, first_is_late = self.team.mean(self.statistics, extra).tolist()
+        return losses, right, first_is_late > 0.0
 
     def _not_finite(self, x: Tensor, what: str, otherwise: str) -> TrainingError:
         place = _first_not_finite(self.model, self._window(x, self.model)) or otherwise
@@ -367,20 +457,23 @@ class _Run:
         """Measure the network of the last epoch, frozen where it is quantized, and write the final checkpoint."""
         from .freeze import freeze
 
-        self.model.cpu().eval()
         test_x, test_y = self.data.test_x, self.data.test_y
         if self.data.coding == "events":
             test_x = test_x[: self.config.timesteps]
-        live = accuracy(self.model, test_x, test_y)
+        with _firing(self.model) as firing:
+            live = accuracy(self.model, test_x, test_y)
         frozen: float | None = None
-        measured: nn.Module = self.model
-        if self.config.setting != "original":
+        self.model.cpu().eval()
+        if FULL_PRECISION not in self.config.resolved_bits[:2]:
             measured = freeze(self.model)
-            frozen = accuracy(measured, test_x, test_y)
-        rates = spike_rates(measured, test_x)
+            with _firing(measured) as firing:
+                frozen = accuracy(measured, test_x, test_y)
+        rates = firing()
         self.history[-1] |= {"live_accuracy": live, "frozen_accuracy": frozen}
         self._save(FINAL)
         self._write_metrics()
+        if self.board is not None:
+            self.board.add({name: x for name, x in self.history[-1].items() if name not in (*_SUMS, "lr")})
         self._write_recipe({"live_accuracy": live, "frozen_accuracy": frozen, "spike_rates": rates})
         median = statistics.median(self.step_seconds) if self.step_seconds else 0.0
         return TrainResult(self.folder / FINAL, tuple(self.history), live, frozen, rates, median)
@@ -425,7 +518,7 @@ class _Run:
         self.epoch, self.history = saved.epoch, [dict(row) for row in saved.document["history"]]
         if self.history and "step" in self.history[-1]:  # it stopped within an epoch
             row = self.history.pop()
-            self.step, self.sums = row["step"], {name: row.get(name) for name in _SUMS}
+            self.step, self.sums = row["step"], {name: cast(float, row.get(name)) for name in _SUMS}
             numbers = all(type(value) is float for value in self.sums.values())
             within = type(self.step) is int and 1 <= self.step < self.steps
             fits = numbers and within and 0 <= self.epoch < self.config.epochs
@@ -460,6 +553,7 @@ class _Run:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "versions": versions(),
             "machine": machine(),
+            "processes": self.team.size,
             "threads": torch.get_num_threads(),
             "steps_timed": len(self.step_seconds),
             "seconds_per_step": statistics.median(self.step_seconds) if self.step_seconds else None,
@@ -538,7 +632,7 @@ def _teacher(config: TrainConfig, data: datasets.Dataset) -> tuple[nn.Module | N
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     digest = hashlib.sha256(read_bounded(path, MAX_FILE, what="teacher")).hexdigest()
-    return teacher.to(config.device), digest
+    return teacher, digest
 
 
 def _resolve(config: TrainConfig, teacher: nn.Module | None) -> TrainConfig:
@@ -585,6 +679,9 @@ def _network(config: TrainConfig, data: datasets.Dataset, generator: torch.Gener
         "bn_grid",
     )
     options |= {name: getattr(config, name) for name in same}
+    for name, usual in (("quantizer", "tanh"), ("norm", "bn"), ("checkpoint_activations", False)):
+        if getattr(config, name) != usual:
+            options[name] = getattr(config, name)
     if config.model == "ms_resnet":
         options["stem"] = config.stem
     return build(options)

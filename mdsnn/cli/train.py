@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import fields
 from typing import Any
@@ -19,6 +20,15 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
     if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
         raise click.BadParameter(f"{text!r} is no list of whole numbers such as 2,2,2,2")
     return tuple(int(part) for part in parts)
+
+
+def _three(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,3,1") from None
 
 
 @click.command(cls=JsonCommand)
@@ -46,17 +56,36 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
 @click.option("--widths", callback=_numbers, help="Channels a group, such as 16,32,64.")
 @click.option("--time-window", "timesteps", type=int, help="Timesteps T.")
 @click.option("--bits", type=int, help="Bits of weights and membranes, 2..8.")
-@click.option("--weight-bits", type=int, help="Bits of weights alone.")
-@click.option("--membrane-bits", type=int, help="Bits of membranes alone.")
-@click.option("--bn-bits", type=int, help="Bits of the BN parameters.")
+@click.option("--weight-bits", type=int, help="Bits of weights alone; 32: full precision, an ablation.")
+@click.option("--membrane-bits", type=int, help="Bits of membranes alone; 32: full precision, an ablation.")
+@click.option("--bn-bits", type=int, help="Bits of the BN parameters; 32: full precision.")
+@click.option("--quantizer", help="tanh (the paper's Eq. 3) or mint (one learned scale, the paper's baseline).")
+@click.option("--norm", help="bn, or tdbn: batch normalization over T and N together, scaled by the threshold.")
 @click.option("--loss", help="CLK: cross-entropy + logits + membrane KL; CLM: MSE for KL; CL: no membranes.")
+@click.option("--loss-weights", callback=_three, help="Of cross-entropy, logits and membranes, such as 1,3,1.")
+@click.option("--temperature", type=float, help="Of the softmax of membranes, and of logits.")
+@click.option("--logit-temperature", type=float, help="Of the softmax of logits, where it is another.")
+@click.option(
+    "--kl-direction", "--direction", "direction", help="forward: KL(teacher || student); literal: as printed."
+)
 @click.option("--distill", "taps", help="Where membranes are compared: conv, block or group.")
+@click.option("--start", help="A student's first weights: teacher (where there is one), or scratch.")
 @click.option("--epochs", type=int, help="Passes over the training images.")
-@click.option("--batch-size", type=int, help="Images a step.")
+@click.option("--freeze-last-epochs", "freeze_epochs", type=int, help="Of these, with fixed BN statistics and scales.")
+@click.option("--batch-size", type=int, help="Images an update, over all processes.")
 @click.option("--lr", type=float, help="Highest learning rate.")
+@click.option("--warmup-epochs", type=float, help="Epochs of linear rise to it.")
+@click.option("--grad-clip", type=float, help="Largest norm of the gradient; 0: any.")
 @click.option("--seed", type=int, help="Of weights, order and augmentation.")
 @click.option("--threads", type=int, help="CPU threads; 0: as torch has them.")
-@click.option("--device", help="cpu or cuda.")
+@click.option(
+    "--device", help="cpu or cuda. Default: cuda where torch sees a GPU, for all data but the digits; else cpu."
+)
+@click.option("--precision", help="float32, or bf16: convolutions of the live network by autocast.")
+@click.option("--amp", "precision", flag_value="bf16", help="The same as --precision bf16.")
+@click.option("--compile/--no-compile", default=None, help="By torch.compile; takes a minute to start.")
+@click.option("--checkpoint-activations/--keep-activations", default=None, help="Less memory for more time.")
+@click.option("--local-rank", "--local_rank", type=int, hidden=True, expose_value=False)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field of the recipe; repeatable."
 )
@@ -65,6 +94,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) ->
     type=float,
     help="Wall clock: past it, save the step it is at and stop (exit code 0); --resume goes on exactly.",
 )
+@click.option("--tensorboard", is_flag=True, help="Event files too, in RUN/tensorboard.")
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the same recipe stopped.")
 @json_option
 @force_option
@@ -73,6 +103,7 @@ def command(
     data: str,
     settings: tuple[str, ...],
     max_minutes: float | None,
+    tensorboard: bool,
     resume: bool,
     json_file: str | None,
     force: bool,
@@ -87,13 +118,21 @@ def command(
 
     A run folder holds recipe.json, metrics.csv, last.ckpt (to resume from) and model.ckpt. Stop with Ctrl-C at any
     time; --resume goes on exactly. The accuracy of a student is that of its frozen, integer forward.
+
+    \b
+    On two GPUs (or, with --device cpu, in two processes):
+      torchrun --nproc_per_node=2 -m mdsnn train --data CIFAR10 --data-path data --batch-size 256
     """
     check_outputs([json_file], force=force)
+    first = extra("train", "mdsnn.parallel").leads()
     changes = {name: value for name, value in chosen.items() if value is not None}
     changes.setdefault("save_path", f"runs/{data}-{paper_setting}")
     changes.update(_settings(settings))
-    document = run(paper_setting, data, changes, max_minutes=max_minutes, resume=resume, force=force)
-    if not write_json(document, json_file, force=force):
+    if "device" not in changes and not data.lower().startswith("digits"):
+        changes["device"] = "cuda" if extra("train", "torch").cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"max_minutes": max_minutes, "tensorboard": tensorboard, "resume": resume, "force": force}
+    document = run(paper_setting, data, changes, quiet=not first, **options)
+    if first and not write_json(document, json_file, force=force):
         show(document)
 
 
@@ -119,25 +158,31 @@ def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def _silent(_done: int, _total: int) -> None:
+    """Progress that nobody sees."""
+
+
 def run(
     setting: str,
     data: str,
     changes: dict[str, Any],
     *,
-    max_minutes: float | None = None,
-    resume: bool = False,
-    force: bool = False,
     label: str | None = None,
+    quiet: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train as the recipe of `data` and `setting` with `changes` says (schema mdsnn.train/1)."""
+    """Train as the recipe of `data` and `setting` with `changes` says (schema mdsnn.train/1).
+
+    quiet    show no progress      options  of `mdsnn.train.train`
+    """
     training = extra("train", "mdsnn.train")
     config = training.recipe(data, setting, **changes)
-    with progress(label or f"training {setting}") as tick:
+    with contextlib.nullcontext(_silent) if quiet else progress(label or f"training {setting}") as tick:
 
         def report(at: Any) -> None:
             tick(at.epoch * at.steps + (0 if at.metrics else at.step), at.epochs * at.steps)
 
-        result = training.train(config, max_minutes=max_minutes, resume=resume, force=force, progress=report)
+        result = training.train(config, progress=report, **options)
     return {
         "schema": "mdsnn.train/1",
         "setting": setting,
@@ -163,7 +208,8 @@ def show(document: dict[str, Any]) -> None:
     table(["LIF layer", "neuron-steps that fire"], rows)
     frozen = document["frozen_accuracy"]
     if frozen is None:
-        tell(f"test accuracy {100 * document['live_accuracy']:.2f} % (full precision)")
+        why = "full precision" if document["setting"] == "original" else "live; what stays at 32 bits has no integers"
+        tell(f"test accuracy {100 * document['live_accuracy']:.2f} % ({why})")
     else:
         tell(f"test accuracy {100 * frozen:.2f} % (frozen, integer); live {100 * document['live_accuracy']:.2f} %")
     say(f"wrote {document['checkpoint']}")
