@@ -164,10 +164,8 @@ class _Group:
         return (self.add or self.bn).name
 
 
-def _groups(network: IntegerNetwork, narrow: bool, isa_level: str, chunk: int) -> list[_Group]:
+def _groups(network: IntegerNetwork, isa_level: str, chunk: int) -> list[_Group]:
     """What can be fused: by the graph, and by the widths the proof gives."""
-    if not narrow:
-        return []
     proof = network.proof
     place = {node.name: at for at, node in enumerate(network.nodes)}
     readers: dict[str, list[Node]] = {node.name: [] for node in network.nodes}
@@ -355,7 +353,7 @@ class _Plan:
         self.struct = self._struct(ops)
 
     def _groups(self) -> list[_Group]:
-        return _groups(self.network, self.stream_type == _I16, ISA_LEVELS[self.level], self.chunk)
+        return _groups(self.network, ISA_LEVELS[self.level], self.chunk)
 
     def _value(self, node: Node, place: int) -> None:
         proof = self.network.proof
@@ -505,19 +503,20 @@ class _Plan:
         kw = conv.weight.shape[3]
         steps, band = self._steps(group), self._band(group)
         row = out_width * steps * _BLOCK
+        after_bn = row << self.stream_type
         if group.method == "events":
             lists = _list_bytes(conv, width, steps) * band + _ALIGN
             starts = 4 * _slabs(conv) * band * (steps * width + 1)
-            return lists, starts, band * self._events(group), 2 * row
+            return lists, starts, band * self._events(group), after_bn
         if group.method == "pairs":
-            return 2 * out_width * steps * _depth(conv), 0, 4 * row, 2 * row
+            return 2 * out_width * steps * _depth(conv), 0, 4 * row, after_bn
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
         pitch = _up(c_in)
         return (
             (height + 2 * conv.padding) * columns * steps * pitch + _TILE * pitch,
             0,
             band * self._tiles(group),
-            2 * row,
+            after_bn,
         )
 
     def _steps(self, group: _Group) -> int:

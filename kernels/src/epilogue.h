@@ -164,11 +164,18 @@ static inline __attribute__((always_inline)) void NAME(epilogue_row)(const NAME(
         NAME(epilogue_pixels)(e, p, 1, common, adds, stores, fires);
 }
 
+static void NAME(epilogue_wide)(const frame *f, const mdsnn_op *op, const void *sums, int wide, int32_t *y_row, int y,
+                                int x, int pixels, int block);
+
 /* One block of 64 outputs of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide; y_row: room for them
- * in int16, for a bn that is not an affine one of 32 bits. */
+ * in int16, for a bn that is not an affine one of 32 bits; in int32, for a stream of 32 bits. */
 APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k,
                                  const void *sums, int wide, int16_t *y_row, int y, int x, int pixels, int block)
 {
+    if (f->plan->stream_type != MDSNN_I16) {
+        NAME(epilogue_wide)(f, op, sums, wide, (int32_t *)(void *)y_row, y, x, pixels, block);
+        return;
+    }
     const mdsnn_op *bn = op->bn, *fire = op->fire;
     int steps = steps_of(f, op), first = block * BLOCK;
     int channels = f->plan->values[fire ? fire->out : op->out].channels;

@@ -66,7 +66,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
 static void NAME(fused)(const frame *f, const mdsnn_op *op)
 {
     NAME(lif_constants_i16) k;
-    if (op->fire)
+    if (op->fire && f->plan->stream_type == MDSNN_I16)
         NAME(lif_prepare_i16)(op->fire, &k);
     else
         memset(&k, 0, sizeof k);

@@ -52,6 +52,7 @@
 #include "tiles.h"
 #endif
 #include "epilogue.h"
+#include "wide.h"
 #include "fused.h"
 
 #include "pass.h"

@@ -208,21 +208,21 @@ static inline STREAM_NAME(vec) STREAM_NAME(lif_decoded)(const frame *f, const md
     return decoded;
 }
 
-/* All steps of the neurons c..c+lanes of one pixel. x and s are the pixel's first step, q its kept codes. */
+/* All steps of the neurons c..c+lanes of one pixel. x, s and q are at neuron c: its first step, and its kept code. */
 static inline void STREAM_NAME(lif_lanes)(const frame *f, const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
                                           const STREAM *x, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_step, int8_t *q,
                                           int c, int lanes, int channels, ptrdiff_t plane, ptrdiff_t at)
 {
-    STREAM_NAME(vec) code = {0}, decoded = STREAM_NAME(lif_decoded)(f, op, k, q + c, lanes);
+    STREAM_NAME(vec) code = {0}, decoded = STREAM_NAME(lif_decoded)(f, op, k, q, lanes);
     STREAM_NAME(bytes) narrow = {0};
     for (int t = 0; t < f->steps; t++) {
         STREAM_NAME(vec) h = {0}, fired;
-        memcpy(&h, x + t * x_step + c, (size_t)lanes * sizeof(STREAM));
+        memcpy(&h, x + t * x_step, (size_t)lanes * sizeof(STREAM));
         h = (STREAM_NAME(vec))((STREAM_NAME(uvec))h + (STREAM_NAME(uvec))decoded);
         fired = STREAM_NAME(lif_fire)(op, k, 0, h, &code, &decoded);
         narrow = __builtin_convertvector(fired, STREAM_NAME(bytes));
         narrow = (STREAM_NAME(bytes))(narrow & 1);
-        memcpy(s + t * s_step + c, &narrow, (size_t)lanes);
+        memcpy(s + t * s_step, &narrow, (size_t)lanes);
         if (f->call->trace_h) {
             STREAM_NAME(bytes) codes = __builtin_convertvector(code, STREAM_NAME(bytes));
             STREAM_NAME(lif_trace)(f, op, plane, at, channels, c, lanes, t, (const STREAM *)&h,
@@ -231,7 +231,7 @@ static inline void STREAM_NAME(lif_lanes)(const frame *f, const mdsnn_op *op, co
     }
     if (f->keep) {
         narrow = __builtin_convertvector(code, STREAM_NAME(bytes));
-        memcpy(q + c, &narrow, (size_t)lanes);
+        memcpy(q, &narrow, (size_t)lanes);
     }
 }
 
@@ -281,9 +281,10 @@ static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREA
     for (int p = 0; p < pixels; p++, x += x_pixel, s += s_pixel, q += channels, at++) {
         int c = 0;
         for (; c + LANES <= channels; c += LANES)
-            STREAM_NAME(lif_lanes)(f, op, k, x, x_step, s, s_step, q, c, LANES, channels, plane, at);
+            STREAM_NAME(lif_lanes)(f, op, k, x + c, x_step, s + c, s_step, q + c, c, LANES, channels, plane, at);
         if (c < channels)
-            STREAM_NAME(lif_lanes)(f, op, k, x, x_step, s, s_step, q, c, channels - c, channels, plane, at);
+            STREAM_NAME(lif_lanes)(f, op, k, x + c, x_step, s + c, s_step, q + c, c, channels - c, channels, plane,
+                                   at);
     }
 }
 

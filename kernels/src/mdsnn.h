@@ -31,7 +31,7 @@ enum mdsnn_kind {
     MDSNN_SUM_POOL,
     MDSNN_FLATTEN,
     MDSNN_READOUT,
-    MDSNN_FUSED      /* a convolution, its bn, and where they follow a residual add and a LIF; 16-bit stream */
+    MDSNN_FUSED      /* a convolution, its bn, and where they follow a residual add and a LIF */
 };
 
 /* How a fused convolution is computed. */
