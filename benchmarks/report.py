@@ -4,6 +4,7 @@ python benchmarks/report.py --engine benchmarks/results/engine.json --demo runs/
 
 <!-- bench:engine --> ... <!-- /bench:engine -->    from bench_engine.py's JSON
 <!-- seeds --> ... <!-- /seeds -->                  from digits_seeds.py's JSON
+<!-- experiments --> ... <!-- /experiments -->      from experiments.py's JSON
 <!-- demo --> ... <!-- /demo -->                    from the demo's summary.json: "table" as a list of rows, or as
                                                     {"headers": [...], "rows": [[...]]}
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import experiments
 
 from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_text
@@ -198,6 +200,26 @@ def seeds_table(document: dict[str, Any]) -> str:
     return f"{text}\n\n{markdown([*heads, 'integers compared', 'differ'], rows)}"
 
 
+def experiments_tables(document: dict[str, Any]) -> str:
+    """Tables V and IV of experiments.py's result, schema mdsnn.experiments/1."""
+    if document.get("schema") != experiments.SCHEMA:
+        raise InputError(f"schema {document.get('schema')!r} is not {experiments.SCHEMA!r}")
+    try:
+        rows = [student for seed in document["seeds"] for student in seed["students"]]
+        if any(row["frozen"] != row["torch_frozen"] for row in rows):
+            raise InputError("the engine and frozen PyTorch differ in it; find out why before anything is shown")
+        mean, error = experiments.mean_and_error([seed["teacher"] for seed in document["seeds"]])
+        parts = [
+            f"{len(document['seeds'])} seeds of {document['data']}, {rows[0]['samples']:,} test images each, mean ± standard"
+            f" error; one teacher (T = {document['timesteps']}, full precision, {100 * mean:.2f} ± {100 * error:.2f} %) a seed."
+        ]
+        for title, (heads, body) in experiments.summarize(document).items():
+            parts += [f"**{title}**", markdown(heads, body)]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as fault:
+        raise InputError(f"a {experiments.SCHEMA} document lacks or misuses {fault}") from fault
+    return "\n\n".join(parts)
+
+
 def _spread(values: list[float]) -> tuple[str, str, str]:
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return f"{100 * statistics.mean(values):.2f} %", f"{100 * error:.2f}", f"{100 * min(values):.2f} %"
@@ -218,17 +240,21 @@ def _from(path: str, make: Any) -> str:
 @click.option("--engine", metavar="JSON", help="A result of bench_engine.py --json.")
 @click.option("--demo", metavar="JSON", help="The summary.json of `mdsnn demo`.")
 @click.option("--seeds", metavar="JSON", help="A result of digits_seeds.py --json.")
+@click.option("--experiments", "ablations", metavar="JSON", help="A result of experiments.py --json.")
 @click.option("--readme", default=str(README), help="The file with the markers.  [default: the repository's README.md]")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the file does not hold these tables.")
-def main(engine: str | None, demo: str | None, seeds: str | None, readme: str, check: bool) -> None:
+def main(
+    engine: str | None, demo: str | None, seeds: str | None, ablations: str | None, readme: str, check: bool
+) -> None:
     """Write the tables of JSON results into README.md, between their markers."""
     wanted = {
         "bench:engine": (engine, engine_tables),
         "demo": (demo, demo_table),
         "seeds": (seeds, seeds_table),
+        "experiments": (ablations, experiments_tables),
     }
     if not any(path for path, _ in wanted.values()):
-        raise click.UsageError("nothing to write: name --engine, --demo or --seeds")
+        raise click.UsageError("nothing to write: name --engine, --demo, --seeds or --experiments")
     try:
         text = read_bounded(readme, _LIMIT, what="README").decode("utf-8")
     except UnicodeDecodeError as fault:

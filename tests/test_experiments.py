@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -17,12 +17,14 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "experiments.py
 
 @pytest.fixture(scope="module")
 def experiments() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("experiments", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments")
+
+
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/, which finds its neighbours as if it had been started."""
+    if str(SCRIPT.parent) not in sys.path:
+        sys.path.insert(0, str(SCRIPT.parent))
+    return importlib.import_module(name)
 
 
 def test_the_cells_of_the_tables(experiments: ModuleType) -> None:
@@ -43,16 +45,7 @@ def test_means_and_errors_are_those_computed_by_hand(experiments: ModuleType) ->
 
 
 def test_the_tables_take_each_student_where_it_belongs(experiments: ModuleType) -> None:
-    def student(method: str, t: int, frozen: float, spikes: float) -> dict[str, object]:
-        return {"method": method, "t": t, "frozen": frozen, "spikes_per_neuron": spikes}
-
-    seeds = []
-    for shift in (0.0, 0.02):
-        students = [student(experiments.KL, 2, 0.8 + shift, 1.0), student(experiments.MSE, 2, 0.7 + shift, 2.0 + shift)]
-        students += [student(name, t, 0.1 * t + shift, 0.0) for name in ("quantized", "logits") for t in (1, 2)]
-        students.append(student(experiments.KL, 1, 0.4 + shift, 0.5))
-        seeds.append({"students": students})
-    tables = experiments.summarize({"seeds": seeds, "timesteps": 2, "bits": 4})
+    tables = experiments.summarize(planted())
     (five, (heads, rows)), (four, (_, pair)) = tables.items()
     assert "V" in five
     assert "W4U4" in five
@@ -64,6 +57,43 @@ def test_the_tables_take_each_student_where_it_belongs(experiments: ModuleType) 
         [experiments.KL, "81.00 ± 1.00 %", "1.000 ± 0.000"],
         [experiments.MSE, "71.00 ± 1.00 %", "2.010 ± 0.010"],
     ]
+
+
+def planted() -> dict[str, object]:
+    """A result of two seeds at T = 2, of which every mean is seen at once."""
+
+    def student(method: str, t: int, frozen: float, spikes: float) -> dict[str, object]:
+        return {
+            "method": method,
+            "t": t,
+            "frozen": frozen,
+            "torch_frozen": frozen,
+            "spikes_per_neuron": spikes,
+            "samples": 450,
+        }
+
+    seeds = []
+    for shift in (0.0, 0.02):
+        students = [student("logits + membranes, KL", 2, 0.8 + shift, 1.0)]
+        students.append(student("logits + membranes, MSE", 2, 0.7 + shift, 2.0 + shift))
+        students += [student(name, t, 0.1 * t + shift, 0.0) for name in ("quantized", "logits") for t in (1, 2)]
+        students.append(student("logits + membranes, KL", 1, 0.4 + shift, 0.5))
+        seeds.append({"teacher": 0.9 + shift, "students": students})
+    return {"schema": "mdsnn.experiments/1", "data": "digits", "seeds": seeds, "timesteps": 2, "bits": 4}
+
+
+def test_the_readme_gets_the_tables_of_a_result_whose_executors_agree(tmp_path: Path) -> None:
+    report = script("report")
+    document = planted()
+    text = report.experiments_tables(document)
+    assert "2 seeds of digits, 450 test images each" in text
+    assert "91.00 ± 1.00 %" in text
+    assert "| quantized | 11.00 ± 1.00 % | 21.00 ± 1.00 % |" in text
+    document["seeds"][0]["students"][0]["torch_frozen"] = 0.5  # type: ignore[index]
+    with pytest.raises(report.InputError, match="differ"):
+        report.experiments_tables(document)
+    with pytest.raises(report.InputError, match="schema"):
+        report.experiments_tables({"schema": "other"})
 
 
 def test_a_whole_run_in_small_and_again_from_what_it_kept(tmp_path: Path) -> None:
