@@ -210,8 +210,9 @@ def experiments_tables(document: dict[str, Any]) -> str:
             raise InputError("the engine and frozen PyTorch differ in it; find out why before anything is shown")
         mean, error = experiments.mean_and_error([seed["teacher"] for seed in document["seeds"]])
         parts = [
-            f"{len(document['seeds'])} seeds of {document['data']}, {rows[0]['samples']:,} test images each, mean ± standard"
-            f" error; one teacher (T = {document['timesteps']}, full precision, {100 * mean:.2f} ± {100 * error:.2f} %) a seed."
+            f"{len(document['seeds'])} seeds of {document['data']}, {rows[0]['samples']:,} test images each, mean ±"
+            f" standard error. One full-precision teacher a seed, T = {document['timesteps']}:"
+            f" {100 * mean:.2f} ± {100 * error:.2f} %."
         ]
         for title, (heads, body) in experiments.summarize(document).items():
             parts += [f"**{title}**", markdown(heads, body)]
