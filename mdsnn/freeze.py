@@ -46,7 +46,7 @@ from .layers import (
     trace,
 )
 from .neurons import LifCodes
-from .quantizers import FULL_PRECISION, quantize_bn
+from .quantizers import FULL_PRECISION, quantize_bn, uniform_codes, uniform_thresholds
 
 M = TypeVar("M", bound=nn.Module)
 Shape = tuple[int, int, int]
@@ -456,7 +456,7 @@ class _Freezer:
         return out[0], out[1]
 
     def _sums(self, node: fx.Node, layer: QuantConv2d | QuantLinear, name: str, source: Signal, shape: Shape) -> Signal:
-        codes, alpha = formats.weight_codes(layer.weight.numpy(), layer.weight_bits)
+        codes, alpha = self._weights(layer)
         low, high = formats.accumulator_bounds(codes, source.low, source.high)
         reach = max(-int(low.min()), int(high.max()))
         if reach >= INT32_LIMIT:
@@ -480,6 +480,15 @@ class _Freezer:
         )
         return self._stream(shape)
 
+    def _weights(self, layer: QuantConv2d | QuantLinear | Readout) -> tuple[npt.NDArray[np.int8], float]:
+        """A layer's codes and alpha; quantizer "mint" takes alpha from the LIF that shares it, if one does."""
+        if layer.quantizer == "tanh":
+            return formats.weight_codes(layer.weight.numpy(), layer.weight_bits)
+        codes, peak = uniform_codes(layer.weight, layer.weight_bits)
+        shared = None if isinstance(layer, Readout) else layer.alpha
+        alpha = float(peak) if shared is None else formats.clamp_alpha(float(shared), self.grid)
+        return codes.numpy().astype(np.int8), alpha
+
     def _stream(self, shape: Shape) -> Signal:
         c = self.grid.saturation
         return Signal("stream", shape, Fraction(1, self.grid.one), -c, c)
@@ -493,7 +502,7 @@ class _Freezer:
         bias = np.zeros(channels) if layer.bias is None else layer.bias.double().numpy()
         gamma, beta, mu, sigma = np.ones(channels), np.zeros(channels), np.zeros(channels), np.ones(channels)
         if bn is not None:
-            gamma = quantize_bn(bn.weight, bn.bits, bn.grid).numpy()
+            gamma = quantize_bn(bn.weight, bn.bits, bn.grid).numpy() * bn.gain
             beta = quantize_bn(bn.bias, bn.bits, bn.grid).numpy()
             statistics = bn.rounded_statistics(bn.running_mean.double(), bn.running_var.double())
             mu, sigma = (value.numpy() for value in statistics)
@@ -551,6 +560,7 @@ class _Freezer:
         self._need(name, layer, source, "stream")
         alpha, bits, grid = float(layer.alpha), layer.bits, self.grid
         pre_fire = layer.quantize == "pre_fire"
+        thresholds = uniform_thresholds if layer.quantizer == "mint" else formats.requantize_thresholds
         decode = formats.decode_table(alpha, layer.tau, bits, grid)
         if max(-source.low, source.high) + int(decode.max()) >= INT32_LIMIT // 2:
             self._fail(name, f"its membrane reaches {source.high + int(decode.max())}, beyond 31 bits")
@@ -558,7 +568,7 @@ class _Freezer:
             bits=bits,
             alpha=formats.clamp_alpha(alpha, grid),
             decode=torch.from_numpy(decode),
-            thresholds=torch.from_numpy(formats.requantize_thresholds(alpha, bits, grid)),
+            thresholds=torch.from_numpy(thresholds(alpha, bits, grid)),
             v_th=formats.threshold_code(layer.v_th, grid),
             reset=layer.reset,
             v_soft=formats.soft_reset_code(layer.v_th, grid) if layer.reset == "soft" else 0,
@@ -595,7 +605,7 @@ class _Freezer:
         c, height, width = source.shape
         if c != layer.in_features:
             self._fail(name, f"has {layer.in_features} inputs, but reads {c} channels")
-        codes, alpha = formats.weight_codes(layer.weight.numpy(), layer.weight_bits)
+        codes, alpha = self._weights(layer)
         places = self.timesteps * height * width
         summed = places / source.scale  # whole: the scale of spikes and counts is 1/(kernel areas)
         bias = formats.classifier_bias(layer.bias.numpy(), alpha, layer.weight_bits, int(summed))

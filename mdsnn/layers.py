@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from mdsnn.kernels.errors import ConfigError, InputError, LoweringError, MdsnnError
 from mdsnn.kernels.formats import (
@@ -49,10 +51,13 @@ from .quantizers import (
     ALPHA_FLOOR,
     BN_GRIDS,
     FULL_PRECISION,
+    QUANTIZERS,
     STATISTICS_BITS,
     check_width,
     fake_quantize_bn,
     fake_quantize_membrane,
+    fake_quantize_shared,
+    fake_quantize_uniform,
     fake_quantize_weight,
     round_statistics,
     round_to_codes,
@@ -61,6 +66,13 @@ from .quantizers import (
 from .surrogate import Rectangle, Triangle
 
 ALPHAS = ("ema", "dynamic", "learned")
+
+
+def check_quantizer(quantizer: str) -> str:
+    """Return a quantizer's name; raises ConfigError if there is none of that name."""
+    if quantizer not in QUANTIZERS:
+        raise ConfigError(f"quantizer {quantizer!r} is not one of {', '.join(QUANTIZERS)}")
+    return quantizer
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -100,7 +112,45 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """Marks a module as one block: `taps(model, "block")` reads what comes out of it."""
+    """Marks a module as one block: `taps(model, "block")` reads what comes out of it.
+
+    recompute  True: while training, its inner values are not kept for the backward pass but computed a second time
+    """
+
+    recompute = False
+
+    def __call__(self, x: Tensor) -> Any:
+        run = super().__call__
+        if not (self.recompute and self.training and torch.is_grad_enabled()) or isinstance(x, fx.Proxy):
+            return run(x)
+        first, second = _Twice(again=False, seen={}), _Twice(again=True, seen={})
+        second.seen = first.seen
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (first, second))
+
+
+class _Twice:
+    """A block's forward while it is recorded (`again` False) or repeated in the backward pass (True).
+
+    seen   what each layer quantized by the first time: whether its scale was starting, and the scale
+    The second time no layer may move its statistics again, nor take those that the first time left behind.
+    """
+
+    def __init__(self, again: bool, seen: dict[nn.Module, tuple[bool, Tensor]]) -> None:
+        self.again, self.seen = again, seen
+
+    def __enter__(self) -> None:
+        self._token = _twice.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        _twice.reset(self._token)
+
+
+_twice: ContextVar[_Twice | None] = ContextVar("mdsnn_twice", default=None)
+
+
+def _repeats() -> bool:
+    twice = _twice.get()
+    return twice is not None and twice.again
 
 
 class Group(nn.Sequential):
@@ -236,23 +286,35 @@ class _Weighted(Layer):
         weight_bits: int,
         output_grid: Grid | None,
         generator: torch.Generator | None,
+        quantizer: str,
     ) -> None:
         super().__init__()
         self.weight_bits = check_width(weight_bits, "weight_bits")
-        self.output_grid = output_grid
+        self.output_grid, self.quantizer = output_grid, check_quantizer(quantizer)
+        self.alpha: nn.Parameter | None = None
         self.weight = nn.Parameter(torch.empty(shape))
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
 
     def quantized_weight(self) -> Tensor:
         """The weight the live forward multiplies by: alpha * codes / delta, or the weight itself at 32 bits."""
-        return fake_quantize_weight(self.weight, self.weight_bits)
+        if self.quantizer == "tanh":
+            return fake_quantize_weight(self.weight, self.weight_bits)
+        if self.alpha is None:
+            return fake_quantize_shared(self.weight, self.weight_bits)
+        scale, twice = self.alpha.clone(), _twice.get()  # a copy: the LIF that starts it comes later
+        if twice is not None and twice.again:
+            scale = twice.seen[self][1].clone()
+        elif twice is not None:
+            twice.seen[self] = False, scale.detach().requires_grad_()
+        return fake_quantize_shared(self.weight, self.weight_bits, scale.clamp(ALPHA_FLOOR, 1.0))
 
     def sums(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def live(self, x: Tensor) -> Tensor:
         y = unfold(self.sums(fold(x), self.quantized_weight(), self.bias), x)
+        y = y.to(self.weight.dtype)  # under autocast products are bf16; the stream and the membranes stay as they are
         return y if self.output_grid is None else round_to_grid(y, self.output_grid)
 
     def integer(self, x: Tensor) -> Tensor:
@@ -271,6 +333,7 @@ class QuantConv2d(_Weighted):
     bias         folded into the BN table when frozen
     output_grid  give the residual grid where no BN layer follows: the output is then rounded and saturated as BN's is
     generator    draws the initial weights (Kaiming normal, fan out)
+    quantizer    "tanh" (Eq. 3), or "mint": uniform, in the scale of the LIF that `share_scales` gave it
     returns      accumulators [T', N, C_out, H', W'] (frozen: int32), or the stream where no BN follows
     """
 
@@ -287,12 +350,13 @@ class QuantConv2d(_Weighted):
         *,
         output_grid: Grid | None = None,
         generator: torch.Generator | None = None,
+        quantizer: str = "tanh",
     ) -> None:
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ConfigError(f"groups = {groups} does not divide {in_channels} and {out_channels} channels")
         self.kernel_size = _pair(kernel_size)
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        super().__init__(shape, bias, weight_bits, output_grid, generator)
+        super().__init__(shape, bias, weight_bits, output_grid, generator, quantizer)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.stride, self.padding, self.groups = stride, padding, groups
 
@@ -318,8 +382,9 @@ class QuantLinear(_Weighted):
         *,
         output_grid: Grid | None = None,
         generator: torch.Generator | None = None,
+        quantizer: str = "tanh",
     ) -> None:
-        super().__init__((out_features, in_features), bias, weight_bits, output_grid, generator)
+        super().__init__((out_features, in_features), bias, weight_bits, output_grid, generator, quantizer)
         self.in_features, self.out_features = in_features, out_features
 
     def sums(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -362,6 +427,7 @@ class QuantBatchNorm2d(Layer):
     output_grid  the residual grid: a student's output is rounded to it half up, and saturates at +-clip, as the frozen
                  table's does. None: not rounded (a teacher).
     statistics_bits  32: mu and sigma stay real and vanish in the frozen table; 16: on WAGEUBN's grid of 2**-15
+    gain         what gamma is multiplied by: 1, or alpha * v_th for threshold-dependent BN (tdBN, arXiv 2011.05280)
     Must follow a QuantConv2d or QuantLinear: the pair freezes into one integer affine per channel (section 2).
     """
 
@@ -379,8 +445,11 @@ class QuantBatchNorm2d(Layer):
         statistics_bits: int = FULL_PRECISION,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0.0 < gain < float("inf"):
+            raise ConfigError(f"BN gain = {gain} must be above 0 and finite")
         round_statistics(torch.zeros(1), statistics_bits)  # raises for another width
         if grid not in BN_GRIDS:
             raise ConfigError(f"BN grid {grid!r} is not one of {', '.join(BN_GRIDS)}")
@@ -390,7 +459,7 @@ class QuantBatchNorm2d(Layer):
             grid,
             output_grid,
         )
-        self.statistics_bits, self.eps, self.momentum = statistics_bits, eps, momentum
+        self.statistics_bits, self.eps, self.momentum, self.gain = statistics_bits, eps, momentum, gain
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -399,7 +468,11 @@ class QuantBatchNorm2d(Layer):
     def live(self, x: Tensor) -> Tensor:
         gamma = fake_quantize_bn(self.weight, self.bits, self.grid)
         beta = fake_quantize_bn(self.bias, self.bits, self.grid)
+        if self.gain != 1.0:
+            gamma = gamma * self.gain
         means, variances = self.running_mean, self.running_var
+        if self.training and _repeats():
+            means, variances = means.clone(), variances.clone()
         if self.statistics_bits == FULL_PRECISION:
             y = F.batch_norm(fold(x), means, variances, gamma, beta, self.training, self.momentum, self.eps)
         else:
@@ -410,9 +483,10 @@ class QuantBatchNorm2d(Layer):
         if self.training:
             variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             with torch.no_grad():
+                momentum = 0.0 if _repeats() else self.momentum
                 count = x.numel() // self.channels
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
         else:
             variance, mean = self.running_var, self.running_mean
         mu, sigma = self.rounded_statistics(mean, variance)
@@ -429,7 +503,9 @@ class QuantBatchNorm2d(Layer):
         return self.constants(x)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, bits={self.bits}, grid={self.grid!r}, output_grid={self.output_grid}"
+        return (
+            f"{self.channels}, bits={self.bits}, grid={self.grid!r}, output_grid={self.output_grid}, gain={self.gain}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -517,9 +593,12 @@ class LIF(Layer):
         *,
         alpha_momentum: float = 0.1,
         detach_reset: bool = False,
+        quantizer: str = "tanh",
     ) -> None:
         super().__init__()
         check_neuron(reset, quantize)
+        self.quantizer = check_quantizer(quantizer)
+        alpha = "learned" if quantizer == "mint" else alpha
         if alpha not in ALPHAS:
             raise ConfigError(f"alpha {alpha!r} is not one of {', '.join(ALPHAS)}")
         if type(timesteps) is not int or timesteps < 1:
@@ -554,9 +633,23 @@ class LIF(Layer):
         return list(x.unbind(0)) if x.shape[0] == self.timesteps else [x[0]] * self.timesteps
 
     def live(self, x: Tensor) -> Tensor:
-        starting = self.training and not int(self.alpha_batches)
+        if self.training and isinstance(self.alpha, nn.Parameter) and not _repeats():
+            with torch.no_grad():  # a step beyond the bounds would leave it there, where it has no gradient
+                self.alpha.clamp_(ALPHA_FLOOR, 1.0)
+        starting, alpha = self.training and not int(self.alpha_batches), self.alpha
+        twice = _twice.get()
+        if twice is not None and twice.again:
+            starting, alpha = twice.seen[self]
+        elif twice is not None:
+            twice.seen[self] = starting, alpha if isinstance(alpha, nn.Parameter) else alpha.clone()
         neuron = self._neuron(x)
-        return self._stepwise(x, starting) if neuron is None else self._fused(x, neuron, starting)
+        run = self._stepwise(x, starting, alpha) if neuron is None else self._fused(x, neuron, starting, alpha)
+        s, membranes, peaks = run
+        if not _repeats():
+            self.last_h = membranes
+            if self.training and len(peaks):
+                self._observe(peaks.amax(), starting)
+        return s
 
     def _neuron(self, x: Tensor) -> loops.Neuron | None:
         """What runs this layer's steps in one pass; None where only `lif_step` will do."""
@@ -575,31 +668,34 @@ class LIF(Layer):
             delta(self.bits) if quantized else 0,
         )
 
-    def _fused(self, x: Tensor, neuron: loops.Neuron, starting: bool) -> Tensor:
+    def _fused(
+        self, x: Tensor, neuron: loops.Neuron, starting: bool, alpha: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Spikes, what a tap reads, and tanh of the largest |u| of each step."""
         self._check_steps(x)
-        fixed = float(self.alpha.clamp(ALPHA_FLOOR, 1.0))
+        fixed = float(alpha.clamp(ALPHA_FLOOR, 1.0))
         by_step = self.alpha_mode == "dynamic" or starting
 
         def scale(peak: float) -> float:
             return float(torch.tanh(torch.tensor(peak)).clamp(ALPHA_FLOOR, 1.0)) if by_step else fixed
 
         s, h, peaks = lif(x, neuron, self.timesteps, tap=bool(self.tap), scale=scale if neuron.levels else None)
-        if self.training and peaks:
-            self._observe(torch.tanh(torch.tensor(peaks)).amax(), starting)
-        self.last_h = h
-        return s
+        return s, h, torch.tanh(torch.tensor(peaks))
 
-    def _stepwise(self, x: Tensor, starting: bool) -> Tensor:
+    def _stepwise(self, x: Tensor, starting: bool, alpha: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `_fused`, by `lif_step`; no peaks where none were asked for."""
         peaks: list[Tensor] = []
         by_step = self.alpha_mode == "dynamic" or starting
+        mint = self.quantizer == "mint"
 
         def requantize(u: Tensor) -> Tensor:
             if self.bits == FULL_PRECISION:
                 return u
             if self.training or by_step:
-                peaks.append(torch.tanh(u.detach().abs().amax()))
-            scale = peaks[-1] if by_step else self.alpha
-            return fake_quantize_membrane(u, self.bits, scale.clamp(ALPHA_FLOOR, 1.0))
+                peak = u.detach().abs().amax()
+                peaks.append(peak.clamp(max=1.0) if mint else torch.tanh(peak))
+            scale = (peaks[-1] if by_step else alpha).clamp(ALPHA_FLOOR, 1.0)
+            return (fake_quantize_uniform if mint else fake_quantize_membrane)(u, self.bits, scale)
 
         u = torch.zeros_like(x[0])
         spikes, membranes = [], []
@@ -617,10 +713,8 @@ class LIF(Layer):
             )
             spikes.append(s)
             membranes.append(u if self.tap == "state" else h)
-        if self.training and peaks:
-            self._observe(torch.stack(peaks).amax(), starting)
-        self.last_h = torch.stack(membranes) if self.tap else None
-        return torch.stack(spikes)
+        tapped = torch.stack(membranes) if self.tap else None
+        return torch.stack(spikes), tapped, torch.stack(peaks) if peaks else x.new_zeros(0)
 
     @torch.no_grad()
     def _observe(self, peak: Tensor, starting: bool) -> None:
@@ -748,16 +842,24 @@ class Readout(Layer):
     constants: ReadoutCodes | None = None
 
     def __init__(
-        self, in_features: int, classes: int, weight_bits: int = 8, *, generator: torch.Generator | None = None
+        self,
+        in_features: int,
+        classes: int,
+        weight_bits: int = 8,
+        *,
+        generator: torch.Generator | None = None,
+        quantizer: str = "tanh",
     ) -> None:
         super().__init__()
+        self.quantizer = check_quantizer(quantizer)
         self.in_features, self.classes, self.weight_bits = in_features, classes, check_width(weight_bits, "weight_bits")
         self.weight = nn.Parameter(torch.empty(classes, in_features))
         nn.init.normal_(self.weight, std=float(in_features) ** -0.5, generator=generator)
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def live(self, x: Tensor) -> Tensor:
-        return F.linear(x.mean(dim=(0, 3, 4)), fake_quantize_weight(self.weight, self.weight_bits), self.bias)
+        quantize = fake_quantize_weight if self.quantizer == "tanh" else fake_quantize_shared
+        return F.linear(x.mean(dim=(0, 3, 4)), quantize(self.weight, self.weight_bits), self.bias)
 
     def integer(self, x: Tensor) -> Tensor:
         codes = self.constants
@@ -802,6 +904,22 @@ def set_timesteps(model: nn.Module, timesteps: int) -> None:
     for module in model.modules():
         if isinstance(module, LIF):
             module.timesteps = timesteps
+
+
+def share_scales(model: nn.Module) -> None:
+    """Give every "mint" layer of weights the alpha of the LIF that reads its output first, as MINT shares them.
+
+    Several layers may feed one LIF (a block's last convolution and its shortcut's); one that feeds none, or a LIF of
+    full precision, keeps max|w| as its scale. Call it once, when the model is built.
+    """
+    modules, nodes = dict(model.named_modules()), list(trace(model).nodes)
+    for node in nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, _Weighted) and layer.quantizer == "mint" and layer.weight_bits != FULL_PRECISION:
+            reader = _reader(node, nodes, modules)
+            lif = modules[str(reader.target)] if reader is not None else None
+            if isinstance(lif, LIF) and lif.quantizer == "mint" and isinstance(lif.alpha, nn.Parameter):
+                layer.alpha = lif.alpha
 
 
 def taps(model: nn.Module, where: str = "group") -> list[LIF]:

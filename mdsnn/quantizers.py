@@ -2,22 +2,28 @@
 
 Forward returns the exact hard value: no soft rounding, no annealing. Backward is straight-through: the rounding counts
 as the identity, everything around it is differentiated as written, and each docstring gives the resulting formula.
-`bits = 32` means full precision and returns the input itself. The integer constants of a frozen network come from
+`bits = 32` means full precision and returns the input itself. MINT's uniform quantizers, the paper's baseline, stand at
+the end of each section. The integer constants of a frozen network come from
 mdsnn.kernels.formats; the weight codes here are computed in float64 so that they are the same codes.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mdsnn.kernels.errors import FormatError
-from mdsnn.kernels.formats import Grid, check_bits, delta, weight_codes
+from mdsnn.kernels.formats import Grid, check_bits, clamp_alpha, delta, weight_codes
 
 FULL_PRECISION = 32
 """The `bits` of a layer that is not quantized (a teacher's)."""
+QUANTIZERS = ("tanh", "mint")
+"""Of weights and membranes: MD-SNN Eq. 3, or MINT's uniform levels with one learned scale for both."""
 BN_GRIDS = ("eq4", "wageubn")
 STATISTICS_BITS = 16
 """The `statistics_bits` of a BN layer whose mu and sigma are quantized."""
@@ -98,6 +104,62 @@ def fake_quantize_weight(w: Tensor, bits: int, *, name: str | None = None) -> Te
     return cast(Tensor, _Weight.apply(w, bits, name))  # type: ignore[no-untyped-call]
 
 
+def uniform_codes(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Weight codes of quantizer "mint": rint(w / max|w| * delta), in float64, the same on every machine.
+
+    returns  codes  same shape, float64, whole numbers in [-delta, delta]; ties to even      peak  max|w|, or 1 where 0
+    """
+    wide = w.detach().double()
+    peak = wide.abs().amax() if wide.numel() else wide.new_zeros(())
+    peak = torch.where(peak == 0, torch.ones_like(peak), peak)
+    return torch.round(wide / peak * delta(bits)), peak
+
+
+def _lsq(count: int, top: int) -> float:
+    """LSQ's factor on the gradient of a scale that `count` values share: 1 / sqrt(count * delta)."""
+    return 1.0 / math.sqrt(count * top)
+
+
+class _SharedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, alpha: Tensor | None, bits: int) -> Tensor:
+        codes, peak = uniform_codes(w, bits)
+        ctx.top = delta(bits)
+        if alpha is None:
+            ctx.ratio = None
+            return cast(Tensor, (codes * (peak / ctx.top)).to(w.dtype))
+        codes = codes.to(w.dtype)
+        ctx.ratio = alpha / peak.to(w.dtype)
+        ctx.save_for_backward(codes)
+        return cast(Tensor, codes * (alpha / ctx.top))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if ctx.ratio is None:
+            return grad, None, None
+        (codes,) = ctx.saved_tensors
+        grad_alpha = (grad * codes).sum() * (_lsq(codes.numel(), ctx.top) / ctx.top)
+        return grad * ctx.ratio, grad_alpha, None
+
+
+def fake_quantize_shared(w: Tensor, bits: int, alpha: Tensor | None = None) -> Tensor:
+    """Uniform weights in the scale of the membranes they feed: alpha * code / delta (MINT, arXiv 2305.09850).
+
+    MINT gives the weights and the membrane of a layer one scale, so that U = tau*U + W*S holds for the codes alone and
+    no multiplier runs. We depart in two things. Behind a BN layer the size of weights is free, so the codes are
+    taken relative to max|w| and stand for multiples of alpha/delta whatever max|w| is. And the BN stays, as an integer
+    affine.
+
+    alpha    the shared scale, scalar above 0, trained; None (no membrane follows): max|w|, a constant
+    gradient dL/dw = dL/dq * alpha/max|w|
+             dL/dalpha = sum(dL/dq * code/delta) / sqrt(count * delta), LSQ's factor (Esser et al., arXiv 1902.08153)
+    raises   FormatError  for bits other than 2..8 and 32
+    """
+    if check_width(bits, "weight bits") == FULL_PRECISION:
+        return w
+    return cast(Tensor, _SharedWeight.apply(w, alpha, bits))  # type: ignore[no-untyped-call]
+
+
 # ------------------------------------------------------------------------------------------------- membranes
 
 
@@ -141,6 +203,49 @@ def fake_quantize_membrane(u: Tensor, bits: int, alpha: Tensor | float) -> Tenso
         return u
     scale = torch.as_tensor(alpha, dtype=u.dtype, device=u.device)
     return cast(Tensor, _Membrane.apply(u, scale, bits))  # type: ignore[no-untyped-call]
+
+
+class _UniformMembrane(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, alpha: Tensor, bits: int) -> Tensor:
+        ctx.top = delta(bits)
+        ratio = u / alpha
+        codes = torch.round(torch.clamp(ratio, -1.0, 1.0) * ctx.top)
+        ctx.save_for_backward(ratio, codes)
+        return cast(Tensor, codes * (alpha / ctx.top))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ratio, codes = ctx.saved_tensors
+        inside = ratio.abs() <= 1.0
+        slope = codes / ctx.top - torch.where(inside, ratio, torch.zeros_like(ratio))
+        return grad * inside, (grad * slope).sum() * _lsq(codes.numel(), ctx.top), None
+
+
+def fake_quantize_uniform(u: Tensor, bits: int, alpha: Tensor) -> Tensor:
+    """MINT's membrane: alpha * rint(clamp(u/alpha, -1, 1) * delta) / delta, in the scale that its weights share.
+
+    u        any shape, float32      alpha  scalar above 0
+    returns  same shape and dtype; for bits = 32 `u` itself. Unlike Eq. 3's, the value approximates u, not tanh(u)
+    gradient dL/du = dL/dq where |u| <= alpha, else 0
+             dL/dalpha = sum(dL/dq * (code/delta - u/alpha)) / sqrt(count * delta), u/alpha left out where |u| > alpha
+             (LSQ, arXiv 1902.08153, Eqs. 3 and 5)
+    raises   FormatError  for bits other than 2..8 and 32
+    """
+    if check_width(bits, "membrane bits") == FULL_PRECISION:
+        return u
+    return cast(Tensor, _UniformMembrane.apply(u, alpha, bits))  # type: ignore[no-untyped-call]
+
+
+def uniform_thresholds(alpha: float, bits: int, grid: Grid) -> npt.NDArray[np.int32]:
+    """`formats.requantize_thresholds` for quantizer "mint": q(n) = -delta + #{j : theta_j <= n}.
+
+    returns  (2*delta,) int32, ascending; theta_j is the least n with rint(clip(n * 2**-f / alpha, -1, 1) * delta) >= j
+    """
+    top = delta(bits)
+    n = np.arange(-grid.one - 1, grid.one + 2)  # alpha is at most 1: every code is reached
+    codes = np.rint(np.clip(n / grid.one / clamp_alpha(alpha, grid), -1.0, 1.0) * top).astype(np.int64)
+    return n[np.searchsorted(codes, np.arange(-top + 1, top + 1), side="left")].astype(np.int32)
 
 
 # ---------------------------------------------------------------------------------------- batch normalization

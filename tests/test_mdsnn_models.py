@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from mdsnn.kernels.errors import ConfigError, FormatError
-from mdsnn.layers import LIF, QuantBatchNorm2d, QuantConv2d, Readout, ShortcutQuant, taps
-from mdsnn.models import MODELS, build, ms_resnet, ms_resnet18, ms_resnet34, vgg
+from mdsnn.layers import LIF, Block, Group, QuantBatchNorm2d, QuantConv2d, Readout, ShortcutQuant, taps
+from mdsnn.models import MODELS, build, ms_resnet, ms_resnet18, ms_resnet34, vgg, vgg9, vgg16
 
 STUDENT = {"weight_bits": 4, "membrane_bits": 4, "bn_bits": 8}
 
@@ -32,6 +34,7 @@ def names(model, where):
         lambda o: ms_resnet((2, 1), (3, 8), size=9, stem="imagenet", reset="soft", surrogate="rectangle", **o),
         lambda o: vgg((1, 2), (4, 6), hidden=8, size=8, **o),
         lambda o: vgg((1,), (4,), hidden=8, size=8, quantize="pre_fire", alpha="learned", **o),
+        lambda o: vgg((1, 1), (4, 6), hidden=(8, 5), size=8, pool="sum", norm="tdbn", **o),
     ],
 )
 def test_it_runs_and_every_parameter_gets_a_gradient(make, options):
@@ -128,7 +131,15 @@ def test_bits_go_where_they_belong():
         (lambda: ms_resnet(membrane_bits=1), FormatError, r"membrane bits = 1 is outside 2\.\.8"),
         (lambda: ms_resnet(grid={"frac_bits": 4}), FormatError, r"frac_bits = 4 is outside"),
         (lambda: vgg((1, 1, 1), (4, 4, 4), size=4), ConfigError, "cannot be halved 3 times"),
-        (lambda: build({"model": "resnet"}), ConfigError, "'resnet' is not one of ms_resnet, vgg"),
+        (
+            lambda: build({"model": "resnet"}),
+            ConfigError,
+            "'resnet' is not one of ms_resnet, ms_resnet18",
+        ),
+        (lambda: ms_resnet(norm="ln"), ConfigError, "norm 'ln' is not one of bn, tdbn"),
+        (lambda: vgg(pool="mean"), ConfigError, "pool 'mean' is not one of max, sum"),
+        (lambda: vgg(hidden=()), ConfigError, "hidden"),
+        (lambda: vgg16(size=16), ConfigError, "cannot be halved 5 times"),
         (lambda: build({}), ConfigError, "None is not one of"),
     ],
 )
@@ -140,3 +151,105 @@ def test_options_outside_their_range_are_refused(make, fault, message):
 def test_the_readout_is_last_in_every_model():
     for make in MODELS.values():
         assert isinstance(list(make().modules())[-1], Readout)
+
+
+@pytest.mark.parametrize(("make", "convs", "linears"), [(vgg9, 7, 2), (vgg16, 13, 3)])
+def test_the_vggs_of_the_literature(make, convs, linears):
+    with torch.device("meta"):
+        model = make(weight_bits=4, membrane_bits=4, bn_bits=8, mean=(0.5,) * 3)
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert kinds.count("QuantConv2d") == convs
+    assert kinds.count("QuantLinear") + kinds.count("Readout") == linears
+    assert kinds.count("SpikeMaxPool2d") == len(model.config["widths"])
+    assert build(json.loads(json.dumps(model.config | {"size": [32, 32]}))).config == model.config
+
+
+@pytest.mark.parametrize("where", ["block", "group"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: ms_resnet18(widths=(2, 3, 4, 5), **o),
+        lambda o: ms_resnet34(widths=(2, 3, 4, 5), **o),
+        lambda o: ms_resnet((1, 2), (3, 4), **o),
+        lambda o: vgg16(widths=(2, 2, 2, 2, 2), hidden=(4,), **o),
+    ],
+    ids=["resnet18", "resnet34", "small", "vgg16"],
+)
+def test_a_tap_reads_what_its_block_or_group_delivers(make, where):
+    """At t = 0 the membrane is the input itself: h of the tap is the block's or the group's output, bit for bit."""
+    model = make({"size": 32, "timesteps": 2, **STUDENT})
+    kind = Block if where == "block" else Group
+    delivered = []
+    lifs = taps(model, where)
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.register_forward_hook(lambda _module, _inputs, output: delivered.append(output))
+    for lif in lifs:
+        lif.tap = True
+    model(pixels(2, 3, 32))
+    assert len(lifs) == len(delivered)
+    for lif, output in zip(lifs, delivered, strict=True):
+        assert lif.last_h.shape == (2, *output.shape[1:])
+        assert torch.equal(lif.last_h[0], output[0])
+
+
+@pytest.mark.parametrize("where", ["conv", "block", "group"])
+@pytest.mark.parametrize("options", [{}, STUDENT, {**STUDENT, "quantizer": "mint"}], ids=["teacher", "tanh", "mint"])
+def test_recomputed_blocks_train_to_the_same_bits(options, where):
+    """Losses, gradients, statistics, scales and taps over three updates, the first of which starts the scales."""
+    options = {"size": 8, "statistics_bits": 16 if where == "conv" else 32, **options}
+    plain = ms_resnet((2, 1), (3, 4), generator=torch.Generator().manual_seed(0), **options)
+    again = ms_resnet((2, 1), (3, 4), checkpoint_activations=True, **options)
+    again.load_state_dict(plain.state_dict())
+    assert again.config == plain.config | {"checkpoint_activations": True}
+    seen = []
+    for model in (plain, again):
+        lifs, rows = taps(model, where), []
+        for lif in lifs:
+            lif.tap = True
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            loss = model(pixels(4, 3, 8, seed=step)).square().sum() + sum(lif.last_h.square().mean() for lif in lifs)
+            optimizer.zero_grad()
+            loss.backward()
+            rows += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            optimizer.step()
+        seen.append([*rows, *(x.clone() for x in model.state_dict().values())])
+    assert len(seen[0]) == len(seen[1])
+    for got, want in zip(seen[1], seen[0], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_recomputed_blocks_keep_less():
+    kept = []
+    for recompute in (False, True):
+        total = 0
+
+        def pack(x):
+            nonlocal total
+            total += x.numel()
+            return x
+
+        model = ms_resnet((2, 2), (4, 4), size=8, checkpoint_activations=recompute)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(pixels(4, 3, 8))
+        kept.append(total)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_tdbn_scales_gamma_by_the_threshold():
+    """gamma is multiplied by v_th, and by sqrt(1/2) on branches that are added (arXiv 2011.05280, Eqs. 5 and 13)."""
+    model = ms_resnet((1, 1), (4, 6), norm="tdbn", v_th=0.4, size=8)
+    gains = {n: m.gain for n, m in model.named_modules() if isinstance(m, QuantBatchNorm2d)}
+    added = 0.4 * np.sqrt(0.5)
+    assert gains.pop("stem_bn") == 0.4
+    assert gains == {n: pytest.approx(0.4 if n.endswith("bn1") else added) for n in gains}
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, QuantBatchNorm2d):
+            module.weight.data.mul_(module.gain)
+            module.gain = 1.0
+    x = pixels(4, 3, 8)
+    assert torch.allclose(model(x), plain(x), atol=1e-6)
+    with pytest.raises(ConfigError, match="BN gain = 0"):
+        QuantBatchNorm2d(3, gain=0.0)

@@ -10,9 +10,16 @@ from torch import nn
 from mdsnn.kernels.errors import ConfigError
 
 from .ms_resnet import ms_resnet, ms_resnet18, ms_resnet34
-from .vgg import vgg
+from .vgg import vgg, vgg9, vgg16
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"ms_resnet": ms_resnet, "vgg": vgg}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "ms_resnet": ms_resnet,
+    "ms_resnet18": ms_resnet18,
+    "ms_resnet34": ms_resnet34,
+    "vgg": vgg,
+    "vgg9": vgg9,
+    "vgg16": vgg16,
+}
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -27,4 +34,4 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return MODELS[name](**options)
 
 
-__all__ = ["MODELS", "build", "ms_resnet", "ms_resnet18", "ms_resnet34", "vgg"]
+__all__ = ["MODELS", "build", "ms_resnet", "ms_resnet18", "ms_resnet34", "vgg", "vgg9", "vgg16"]

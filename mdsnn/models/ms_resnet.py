@@ -30,13 +30,13 @@ class MSBlock(Block):
         self.bn1 = settings.bn(out_channels)
         self.lif2 = settings.lif()
         self.conv2 = settings.conv(out_channels, out_channels, 3, 1, 1)
-        self.bn2 = settings.bn(out_channels)
+        self.bn2 = settings.bn(out_channels, added=True)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 settings.shortcut(),
                 settings.conv(in_channels, out_channels, 1, stride, 0),
-                settings.bn(out_channels),
+                settings.bn(out_channels, added=True),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +75,7 @@ class MSResNet(nn.Module):
         self.groups = nn.Sequential(*groups)
         self.lif = settings.lif()
         self.readout = settings.readout(channels)
+        settings.finish(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.groups(self.stem_bn(self.stem(self.input(x))))

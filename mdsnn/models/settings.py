@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from mdsnn.kernels.errors import ConfigError
 from mdsnn.kernels.formats import Grid
 
-from ..layers import LIF, EventInput, PixelInput, QuantBatchNorm2d, QuantConv2d, QuantLinear, Readout, ShortcutQuant
+from ..layers import (
+    LIF,
+    Block,
+    EventInput,
+    PixelInput,
+    QuantBatchNorm2d,
+    QuantConv2d,
+    QuantLinear,
+    Readout,
+    ShortcutQuant,
+    check_quantizer,
+    share_scales,
+)
 from ..quantizers import FULL_PRECISION
 from ..surrogate import SURROGATES, surrogate
 
 CODINGS = ("image", "events")
+NORMS = ("bn", "tdbn")
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,10 @@ class Settings:
     weight_bits    of convolutions and hidden linear layers; 32 makes stem, classifier and shortcuts full precision too
     stem_bits      of the first convolution and the classifier, where weight_bits is not 32
     shortcut_bits  of the codes a 1x1 shortcut reads, where weight_bits is not 32
+    quantizer      of weights and membranes: "tanh" (MD-SNN Eq. 3), or "mint" (uniform, one learned scale for both)
+    norm           "bn", or "tdbn": gamma times v_th, and times 1/sqrt(2) on a branch that is added to another
+                   (threshold-dependent BN, arXiv 2011.05280; "bn" too takes its statistics over T and N together)
+    checkpoint_activations  keep only the inputs of blocks for the backward pass, and compute the rest a second time
     gamma, width   of the surrogate; None takes its default
     mean, std      of the pixels, one a channel; None: 0.5 and 0.25
     grid           of the residual stream; a network in which anything is quantized rounds BN outputs to it
@@ -51,6 +70,9 @@ class Settings:
     detach_reset: bool = False
     bn_grid: str = "eq4"
     statistics_bits: int = FULL_PRECISION
+    quantizer: str = "tanh"
+    norm: str = "bn"
+    checkpoint_activations: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     grid: Grid = field(default_factory=Grid)
@@ -59,6 +81,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.coding not in CODINGS:
             raise ConfigError(f"coding {self.coding!r} is not one of {', '.join(CODINGS)}")
+        if self.norm not in NORMS:
+            raise ConfigError(f"norm {self.norm!r} is not one of {', '.join(NORMS)}")
+        check_quantizer(self.quantizer)
         if self.classes < 1 or self.in_channels < 1 or min(self.size) < 1:
             raise ConfigError(
                 f"classes = {self.classes}, in_channels = {self.in_channels} and size = {self.size} must be above 0"
@@ -86,15 +111,30 @@ class Settings:
     ) -> QuantConv2d:
         bits = self._outer(self.stem_bits) if stem else self.weight_bits
         return QuantConv2d(
-            in_channels, out_channels, kernel, stride, padding, weight_bits=bits, generator=self.generator
+            in_channels,
+            out_channels,
+            kernel,
+            stride,
+            padding,
+            weight_bits=bits,
+            generator=self.generator,
+            quantizer=self.quantizer,
         )
 
     def linear(self, in_features: int, out_features: int) -> QuantLinear:
-        return QuantLinear(in_features, out_features, weight_bits=self.weight_bits, generator=self.generator)
+        return QuantLinear(
+            in_features,
+            out_features,
+            weight_bits=self.weight_bits,
+            generator=self.generator,
+            quantizer=self.quantizer,
+        )
 
-    def bn(self, channels: int) -> QuantBatchNorm2d:
+    def bn(self, channels: int, *, added: bool = False) -> QuantBatchNorm2d:
+        """`added`: its output is added to another branch's."""
+        gain = 1.0 if self.norm == "bn" else self.v_th * (math.sqrt(0.5) if added else 1.0)
         return QuantBatchNorm2d(
-            channels, self.bn_bits, self.bn_grid, self.output_grid, statistics_bits=self.statistics_bits
+            channels, self.bn_bits, self.bn_grid, self.output_grid, statistics_bits=self.statistics_bits, gain=gain
         )
 
     def lif(self) -> LIF:
@@ -111,13 +151,23 @@ class Settings:
             self.quantize,
             self.alpha,
             detach_reset=self.detach_reset,
+            quantizer=self.quantizer,
         )
 
     def shortcut(self) -> ShortcutQuant:
         return ShortcutQuant(self._outer(self.shortcut_bits))
 
     def readout(self, in_features: int) -> Readout:
-        return Readout(in_features, self.classes, self._outer(self.stem_bits), generator=self.generator)
+        bits = self._outer(self.stem_bits)
+        return Readout(in_features, self.classes, bits, generator=self.generator, quantizer=self.quantizer)
+
+    def finish(self, model: nn.Module) -> None:
+        """What is done to a whole network, once its layers are there."""
+        if self.quantizer == "mint":
+            share_scales(model)
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.recompute = self.checkpoint_activations
 
     def document(self) -> dict[str, Any]:
         """These options as JSON-able values; `from_document` reads them back."""
