@@ -22,6 +22,7 @@ from mdsnn.kernels.errors import EnvironmentFault, MdsnnError
 COMMANDS = {
     "demo": "Everything in one go, on real digits: train, export, verify, time, report.",
     "train": "Train a teacher, a quantized student, or a distilled student.",
+    "quantize": "A full-precision network to a quantized student, by calibration alone.",
     "export": "Lower a trained student to one integer artifact, to ONNX and to test vectors.",
     "info": "What is inside an artifact: graph, bits, tables, bounds, bytes.",
     "run": "Classes and scores for image files or an .npy batch.",
