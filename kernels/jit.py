@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import reference
-from .engine import Activity, LifTrace, Result, State, Trace, _over_samples
+from .engine import Activity, LifTrace, Result, State, Trace, _over_samples, _over_time
 from .formats import Array, delta
 from .network import (
     Add,
@@ -64,7 +64,8 @@ _ROW = 64
 """Outputs whose weights lie together: what `_conv` adds at a time."""
 _TABLE = 1 << 20  # longest table of leaks
 _LIST = 1 << 16  # events of a band of lines: 256 KiB
-_GROUP = 1 << 17  # values of the largest node, all steps, for which samples run together
+_VALUES = 1 << 20  # values of the largest node that a call may hold: it takes fewer steps, if need be
+_GROUP = 1 << 17  # ... for which samples run together
 _EMPTY = np.zeros(0, np.int32)
 _NOTHING = np.zeros((0, 0, 0, 0), np.int32)
 _NO_SPIKES = np.zeros((0, 0, 0, 0), np.int8)
@@ -75,10 +76,15 @@ def _njit(function: Callable[..., None]) -> Any:
     return numba.njit(nogil=True, cache=False, error_model="numpy")(function)
 
 
+def _part(function: Callable[..., Any]) -> Any:
+    """Of a kernel: called from Numba only."""
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+
+
 # ------------------------------------------------------------------------------------------------ convolutions
 
 
-@_njit
+@_part
 def _list_events(
     x: Array, at: int, pixels: int, pitch: int, ins: int, places: Array, events: Array, starts: Array
 ) -> None:
@@ -99,17 +105,56 @@ def _list_events(
     starts[pixels] = k
 
 
+@_part
+def _list_lines(
+    x: Array,
+    at: int,
+    pitch: int,
+    geometry: Any,
+    line: int,
+    events: Array,
+    starts: Array,
+    rows: Array,
+    factors: Any,
+    columns: Array,
+) -> int:
+    """The events of as many lines as there is room for, from `line` on; returns the line after them.
+
+    A line is an output row at a step. Its events lie by input column, so that those of a window follow each other:
+    columns[line, column] is where a column's begin. An event is the row of weights it names, if its column is the
+    first of the window; factors are the inputs themselves, where they are not spikes.
+    """
+    steps, height, width, out_height, _, ins, kh, kw, stride, padding = geometry
+    k, to = 0, 0
+    while line < out_height * steps and k + width * kh * ins + _LANES <= rows.size:
+        top, t = line // steps * stride - padding, line % steps
+        for column in range(width):
+            columns[to] = k
+            to += 1
+            if (column + padding) % stride >= kw:
+                continue
+            for ky in range(max(0, -top), min(kh, height - top)):
+                pixel = (t * height + top + ky) * width + column
+                first, count = starts[pixel], starts[pixel + 1] - starts[pixel]
+                for i in range(0, count, _LANES):
+                    store(rows, k + i, add(load(events, first + i, _LANES), (column * kh + ky) * ins))
+                if factors is not None:
+                    for i in range(count):
+                        factors[k + i] = x[at + pixel * pitch + events[first + i]]
+                k += count
+        columns[to] = k
+        to += 1
+        line += 1
+    return line
+
+
 @_njit
 def _conv(
     x: Array,
     weight: Array,
     groups: int,
-    ins: int,
     outs: int,
-    kh: int,
-    kw: int,
-    stride: int,
-    padding: int,
+    geometry: Any,
     terms: int,
     out: Array,
     counts: Array,
@@ -123,50 +168,31 @@ def _conv(
     """weight [group][block of 64 outputs][kx][ky][in][64], flat; out [N, S, H, W, C]; counts [S] of inputs not 0.
 
     terms  so many products fit the lanes of the weights; of spikes, eight rows do
-
-    A line is an output row at a step. Its events lie by input column, so that those of a window follow each other; the
-    kx of a row of weights is the distance of its column from the window's first.
     """
-    samples, steps, height, width, pitch = x.shape
-    _, _, out_height, out_width, out_pitch = out.shape
+    steps, height, width, out_height, out_width, ins, kh, kw, stride, padding = geometry
+    pitch, out_pitch = x.shape[4], out.shape[4]
     pixels, blocks, depth = steps * height * width, (outs + _ROW - 1) // _ROW, kh * ins
     flat, into, tail = x.reshape(-1), out.reshape(-1), np.empty(_ROW, out.dtype)
-    for n in range(samples):
+    for n in range(x.shape[0]):
         for group in range(groups):
             at = n * pixels * pitch + group * ins
             _list_events(flat, at, pixels, pitch, ins, places, events, starts)
             for t in range(steps):
                 counts[t] += starts[(t + 1) * height * width] - starts[t * height * width]
-            line = 0
+            line = np.int64(0)  # not the literal 0, for which another _list_lines would be compiled
             while line < out_height * steps:
-                end, k = line, 0
-                while end < out_height * steps and k + width * depth + _LANES <= rows.size:
-                    top, t = end // steps * stride - padding, end % steps
-                    for column in range(width):
-                        columns[(end - line) * (width + 1) + column] = k
-                        if (column + padding) % stride >= kw:
-                            continue
-                        for ky in range(max(0, -top), min(kh, height - top)):
-                            pixel = (t * height + top + ky) * width + column
-                            row = column * depth + ky * ins
-                            first, count = starts[pixel], starts[pixel + 1] - starts[pixel]
-                            for i in range(0, count, _LANES):
-                                store(rows, k + i, add(load(events, first + i, _LANES), row))
-                            if factors is not None:
-                                for i in range(count):
-                                    factors[k + i] = flat[at + pixel * pitch + events[first + i]]
-                            k += count
-                    columns[(end - line) * (width + 1) + width] = k
-                    end += 1
+                end = _list_lines(flat, at, pitch, geometry, line, events, starts, rows, factors, columns)
                 for block in range(blocks):
+                    first = (group * blocks + block) * kw * depth
                     wanted = min(outs - block * _ROW, _ROW)
                     for done in range(line, end):
-                        y, t, place = done // steps, done % steps, (done - line) * (width + 1)
-                        for xx in range(out_width):
-                            left = xx * stride - padding
+                        place = (done - line) * (width + 1)
+                        to = ((n * steps + done % steps) * out_height + done // steps) * out_width * out_pitch
+                        to += group * outs + block * _ROW
+                        for left in range(-padding, out_width * stride - padding, stride):
                             i = columns[place + max(left, 0)]
                             last = columns[place + min(left + kw, width)]
-                            w = (group * blocks + block) * kw * depth - left * depth
+                            w = first - left * depth
                             total = zeros(out, _ROW)
                             if factors is None:
                                 while i + 8 <= last:
@@ -184,14 +210,13 @@ def _conv(
                                         part = add(part, scaled(weight, (w + rows[i]) * _ROW, _ROW, factors[i]))
                                         i += 1
                                     total = accumulate(total, part)
-                            to = (((n * steps + t) * out_height + y) * out_width + xx) * out_pitch
-                            to += group * outs + block * _ROW
                             if wanted == _ROW:
                                 store(into, to, total)
                             else:
                                 store(tail, 0, total)
                                 for o in range(wanted):
                                     into[to + o] = tail[o]
+                            to += out_pitch
                 line = end
 
 
@@ -397,22 +422,37 @@ class JitBackend:
         for node in network.nodes:
             for source in dict.fromkeys(node.inputs):
                 self._readers[source].append(node)
-        self._sizes = {"events": _LANES, "starts": 1, "rows": _LIST, "columns": 1, "factors": 1}
+        largest = max(int(np.prod(shape)) for shape in network.proof.shapes.values())
+        self._steps = min(network.timesteps, max(1, _VALUES // largest))
+        self._group = max(1, _GROUP // (largest * self._steps))
+        self._sizes = {"events": _LANES, "starts": 1, "rows": _LIST, "columns": 1}
         self._fused: dict[str, str] = {}  # node -> the node whose operation computes it too
         for node in network.nodes:
             self._fuse(node)
         self._operations = [(node, self._operation(node)) for node in network.nodes if node.name not in self._fused]
+        self._sizes["factors"] = self._sizes["rows"]
         self._last = self._last_uses()
-        largest = max(int(np.prod(shape)) for shape in network.proof.shapes.values())
-        self._group = max(1, _GROUP // (largest * network.timesteps))
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[dict[str, Array]] = deque(maxlen=64)
 
     def run(self, pixels: npt.NDArray[np.uint8], trace: bool) -> Result:
         """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W]."""
-        frames, steps = pixels if pixels.ndim == 5 else pixels[None], self.network.timesteps
-        parts = range(0, frames.shape[1], self._group)
-        return _over_samples([self._call(frames[:, at : at + self._group], steps, trace, {}, {}, None) for at in parts])
+        frames = pixels if pixels.ndim == 5 else pixels[None]
+        groups = range(0, frames.shape[1], self._group)
+        return _over_samples([self._whole(frames[:, at : at + self._group], trace) for at in groups])
+
+    def _whole(self, frames: npt.NDArray[np.uint8], trace: bool) -> Result:
+        """A run of some samples, as many steps at a time as `_VALUES` allows."""
+        timesteps, steps = self.network.timesteps, self._steps
+        if steps == timesteps:
+            return self._call(frames, steps, trace, {}, {}, None)
+        state = _JitState(self, frames.shape[1])
+        return _over_time(
+            [
+                state.steps(frames if len(frames) == 1 else frames[t : t + steps], min(steps, timesteps - t), trace)
+                for t in range(0, timesteps, steps)
+            ]
+        )
 
     def start(self, samples: int) -> State:
         """A fresh state, q = 0 everywhere, for `samples` samples."""
@@ -558,13 +598,12 @@ class JitBackend:
         packed = packed.reshape(groups, blocks, _ROW, ins, kh, kw).transpose(0, 1, 5, 4, 3, 2)
         rows = _aligned(packed)
         _, height, width = proof.shapes[source]
-        steps = 1 if proof.static[node.name] else self.network.timesteps
+        steps = 1 if proof.static[node.name] else self._steps
         pixels, lines = steps * height * width, steps * proof.shapes[node.name][1]
         for name, size in (
             ("events", pixels * ins + _LANES),
             ("starts", pixels + 1),
             ("rows", width * kh * ins + _LANES),
-            ("factors", 1 if spikes else max(_LIST, width * kh * ins + _LANES)),
             ("columns", lines * (width + 1)),
         ):
             self._sizes[name] = max(self._sizes[name], size)
@@ -575,8 +614,8 @@ class JitBackend:
             call.spikes_in[node.name] = counts = np.zeros(x.shape[1], np.int64)
             factors = None if spikes else scratch["factors"]
             events, starts, lists, columns = (scratch[name] for name in ("events", "starts", "rows", "columns"))
-            geometry = groups, ins, outs, kh, kw, stride, padding, terms
-            _conv(x, rows, *geometry, out, counts, _BITS, events, starts, lists, factors, columns)
+            geometry = *x.shape[1:4], *out.shape[2:4], ins, kh, kw, stride, padding
+            _conv(x, rows, groups, outs, geometry, terms, out, counts, _BITS, events, starts, lists, factors, columns)
 
         return operation
 
@@ -739,7 +778,11 @@ class _JitState:
 
     def step(self, frame: npt.NDArray[np.uint8]) -> Result:
         """Run one timestep on `frame` [N, C, H, W]."""
-        return self._backend._call(frame[None], 1, True, self._values, self._spikes_in, self._states)
+        return self.steps(frame[None], 1, True)
+
+    def steps(self, frames: npt.NDArray[np.uint8], steps: int, trace: bool) -> Result:
+        """Some timesteps on `frames` [S, N, C, H, W], S 1 or `steps`."""
+        return self._backend._call(frames, steps, trace, self._values, self._spikes_in, self._states)
 
 
 def _planes(value: Array) -> Array:
