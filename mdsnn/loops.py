@@ -273,3 +273,42 @@ def lif_backward(
     constants = [np.float32(value) for value in (neuron.tau, neuron.v_th, neuron.gamma, neuron.width)]
     _over(hs.shape[1], partial(loop, hs, qs, scales, gss, ghs, gxs, *constants))
     return gx
+
+
+# ------------------------------------------------------------------------------------------- rounding to a grid
+
+
+@cache
+def _rounding() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def forward(
+        y: Floats, out: Floats, inside: npt.NDArray[np.bool_], step: Any, low: Any, high: Any, begin: int, end: int
+    ) -> None:
+        half = np.float32(0.5)
+        for i in range(begin, end):
+            code = np.floor(y[i] / step + half)
+            clipped = low if code < low else (high if code > high else code)
+            inside[i] = clipped == code
+            out[i] = clipped * step
+
+    def backward(grad: Floats, inside: npt.NDArray[np.bool_], out: Floats, begin: int, end: int) -> None:
+        for i in range(begin, end):
+            out[i] = grad[i] * (_ONE if inside[i] else _ZERO)
+
+    return _njit(forward), _njit(backward)
+
+
+def round_forward(y: Tensor, step: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """clamp(floor(y/step + 1/2), low, high) * step of a dense tensor [1, N, ...], and where the clamp did nothing."""
+    out, inside = like(y, 1), torch.empty_strided(y.shape, like(y, 1).stride(), dtype=torch.bool)
+    flat = inside.as_strided((y.numel(),), (1,)).numpy()
+    constants = [np.float32(value) for value in (step, low, high)]
+    _over(y.numel(), partial(_rounding()[0], rows(y)[0], rows(out)[0], flat, *constants))
+    return out, inside
+
+
+def round_backward(grad: Tensor, inside: Tensor) -> Tensor:
+    """grad * inside, in the memory order of `inside`."""
+    out = torch.empty_strided(inside.shape, inside.stride(), dtype=grad.dtype)
+    flat = inside.as_strided((inside.numel(),), (1,)).numpy()
+    _over(grad.numel(), partial(_rounding()[1], rows(_aligned(grad, out))[0], flat, rows(out)[0]))
+    return out

@@ -20,6 +20,8 @@ from torch import Tensor
 from mdsnn.kernels.errors import FormatError
 from mdsnn.kernels.formats import Grid, check_bits, clamp_alpha, delta, weight_codes
 
+from . import loops
+
 FULL_PRECISION = 32
 """The `bits` of a layer that is not quantized (a teacher's)."""
 QUANTIZERS = ("tanh", "mint")
@@ -325,6 +327,11 @@ def round_statistics(values: Tensor, bits: int) -> Tensor:
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, step: float, low: float, high: float) -> Tensor:
+        ctx.fused = loops.suits(y)
+        if ctx.fused:
+            out, inside = loops.round_forward(loops.dense(y.unsqueeze(0)), step, low, high)
+            ctx.save_for_backward(inside)
+            return out.squeeze(0)
         codes = y.div(step).add_(0.5).floor_()
         rounded = codes.clamp(low, high)
         ctx.save_for_backward(rounded == codes)
@@ -333,6 +340,8 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
+        if ctx.fused:
+            return loops.round_backward(grad.unsqueeze(0), inside).squeeze(0), None, None, None
         return grad * inside, None, None, None
 
 

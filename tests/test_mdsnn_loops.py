@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdsnn import loops
+from mdsnn.kernels.formats import Grid
 from mdsnn.layers import LIF
+from mdsnn.quantizers import round_to_grid
 from mdsnn.surrogate import Rectangle, Triangle
 
 
@@ -81,6 +83,32 @@ def test_the_fused_lif_is_its_steps_bit_for_bit(data):
     got, want = gradients(fused, x, gs, gh, 2), gradients(stepwise, x, gs, gh, 2)
     for name, value in want.items():
         assert_same_bits(got[name], value, f"{lif}, {layout}: {name}")
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), grid=st.builds(Grid, st.integers(5, 12), st.integers(1, 8)), nan=st.booleans())
+def test_fused_rounding_is_torchs_bit_for_bit(seed, grid, nan):
+    generator = torch.Generator().manual_seed(seed)
+    shape = [int(n) for n in torch.randint(1, 9, (4,), generator=generator)]
+    y, g = (torch.randn(shape, generator=generator) * grid.clip for _ in range(2))
+    corners = [0.0, -0.0, 0.5, -0.5, 1.5, grid.saturation, -grid.saturation - 0.5, grid.saturation + 0.5]
+    y.view(-1)[: len(corners)] = (torch.tensor(corners) / grid.one)[: y.numel()]
+    if nan:
+        y.view(-1)[-1] = float("nan")
+    for order in ("contiguous", "channels last", "strided", "upstream strided"):
+        x = y.clone()
+        x = x.contiguous(memory_format=torch.channels_last) if order == "channels last" else x
+        x = x.mT.contiguous().mT if order == "strided" else x
+        upstream = g.mT.contiguous().mT if order == "upstream strided" else g
+        results = []
+        for smallest in (1, 1 << 30):
+            loops.SMALLEST = smallest
+            leaf = x.detach().requires_grad_()
+            out = round_to_grid(leaf, grid)
+            out.backward(upstream)
+            results.append((out, leaf.grad))
+        for got, want, what in zip(*results, ("value", "gradient"), strict=True):
+            assert_same_bits(got, want, f"{order}: {what}")
 
 
 @pytest.mark.parametrize("bits", [32, 4])
