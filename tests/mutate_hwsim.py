@@ -2,10 +2,10 @@
 
 A mutant is one of hwsim's five files of formulas with one small change: `+` for `-`, a constant off by one, `<` for
 `<=`, a condition negated, the arms of a choice exchanged, `max` for `min`. Every possible one is made. Each runs, in a
-process of its own, the tests of test_hwsim_network.py, test_hwsim_spikesim.py and test_hwsim_config.py that reach the
-changed line, the quickest first, until one fails: then it is killed. One that nobody notices is a case the tests lack,
-or is equivalent: the same function in other words. Those examined by hand stand, each with its reason, in
-tests/mutation/equivalent_hwsim.json.
+process of its own, the tests of test_hwsim_formulas.py, test_hwsim_network.py, test_hwsim_spikesim.py and
+test_hwsim_config.py that reach the changed line, the quickest first, until one fails: then it is killed. One that
+nobody notices is a case the tests lack, or is equivalent: the same function in other words. Those examined by hand
+stand, each with its reason, in tests/mutation/equivalent_hwsim.json.
 
 Writes docs/mutation-hwsim.md and tests/mutation/hwsim.json with --write. Exit status 1 if the score is under --min. Not
 a test file; needs os.fork.
@@ -38,7 +38,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "hwsim"
 FILES = ("cost.py", "converters.py", "cells.py", "wires.py", "mapping.py")
-SUITES = ("tests/test_hwsim_network.py", "tests/test_hwsim_spikesim.py", "tests/test_hwsim_config.py")
+SUITES = tuple(f"tests/test_hwsim_{name}.py" for name in ("formulas", "network", "spikesim", "config"))
 LEFT_OUT = (
     "test_an_analog_grid_is_the_same_in_any_number_of_processes",
     "test_events_agree_with_spikingjelly",
@@ -446,8 +446,8 @@ def document(rows: list[Row], tests: int) -> str:
         "# Mutation score of the hardware model\n",
         "Written by `python tests/mutate_hwsim.py --write`; do not edit. " + " ".join(about[1].split()),
         f"**Score: {score(rows):.1f} %** of {counts['killed'] + counts['survived']} mutants ("
-        f"{counts['killed']} killed, {counts['survived']} survived), judged by {tests} tests; {counts['equivalent']} more "
-        "are equivalent.",
+        f"{counts['killed']} killed, {counts['survived']} survived), judged by {tests} tests; "
+        f"{counts['equivalent']} more are equivalent.",
         " ".join(about[3].split()),
         "## By file\n\n" + tally("file"),
         "## By kind of change\n\n" + tally("kind"),

@@ -353,9 +353,8 @@ def test_what_a_workload_says_of_a_network(case: int) -> None:
         factor = network.timesteps if summed else 1
         assert (layer.low, layer.high) == (low * factor, high * factor)
         assert layer.steps == (1 if summed or proof.static[node.name] else network.timesteps)
-        assert (
-            2**layer.planes > layer.high - layer.low >= 2 ** (layer.planes - 1) - (layer.low < 0) - 0 or layer.low < 0
-        )
+        fits = [p for p in range(1, 64) if (-(2 ** (p - 1)) if layer.low < 0 else 0) <= layer.low]
+        assert layer.planes == next(p for p in fits if layer.high < 2 ** (p - (layer.low < 0)))
         bn = readers.get(layer.name)
         if isinstance(bn, BnAffine):
             wide = 16 if all(-(2**15) < int(m) < 2**15 for m in bn.multiplier) else 32
@@ -393,8 +392,10 @@ def test_what_a_workload_says_of_a_network(case: int) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "planes"),
-    [(0, 0, 1), (0, 1, 1), (0, 2, 2), (0, 127, 7), (0, 128, 8), (-1, 0, 1), (-1, 1, 2), (-128, 127, 8), (-127, 127, 8)]
-    + [(-129, 0, 9), (-2, 1, 2), (-2, 2, 3)],
+    [
+        *((0, 0, 1), (0, 1, 1), (0, 2, 2), (0, 127, 7), (0, 128, 8), (-1, 0, 1), (-1, 1, 2), (-128, 127, 8)),
+        *((-127, 127, 8), (-129, 0, 9), (-2, 1, 2), (-2, 2, 3)),
+    ],
 )
 def test_input_planes(low: int, high: int, planes: int) -> None:
     assert input_planes(low, high) == planes
@@ -409,7 +410,7 @@ def test_places_and_hops_on_a_small_grid() -> None:
     assert plan.hops(2, (0, 1)) == 2  # the nearer of both
     assert plan.hops(0, (0,)) == 1
     one = floorplan((map_layer(ms_resnet(18, (2, 8, 8), 1).layers[0], CHIP),), CHIP)
-    assert (one.columns, one.tiles, one.spans) == (1, (((0, 1),),), ((0, 0),))
+    assert (one.columns, one.tiles, one.spans) == (1, (((0, 2),),), ((0, 0),))  # 8-bit weights: 128 columns
 
 
 # --------------------------------------------------------------------------------------------- ADCs, spikesim, the ANN
