@@ -8,6 +8,7 @@ group, and computes what it would compute without this file.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,14 +66,16 @@ class Team:
         """
         if self.size == 1:
             return model
+        kind = nn.parallel.DistributedDataParallel
+        new = "forward_sync_buffers" in inspect.signature(kind).parameters  # the later name of the same switch
+        options: dict[str, Any] = {
+            "forward_sync_buffers" if new else "broadcast_buffers": False,  # `mean` does more: all samples count
+            "device_ids": None if device.type == "cpu" else [device.index],
+            "gradient_as_bucket_view": True,
+            "find_unused_parameters": unused,
+        }
         with self.together():
-            return nn.parallel.DistributedDataParallel(
-                model,
-                device_ids=None if device.type == "cpu" else [device.index],
-                broadcast_buffers=False,  # `mean` does more: every process's samples count
-                gradient_as_bucket_view=True,
-                find_unused_parameters=unused,
-            )
+            return kind(model, **options)
 
     def sum(self, values: Tensor) -> Tensor:
         """`values`, summed over the processes; the same bits in all of them."""

@@ -19,9 +19,8 @@ from .neurons import QUANTIZE, RESETS
 from .quantizers import BN_GRIDS, FULL_PRECISION
 from .surrogate import SURROGATES
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-"""Blocks a group of MS-ResNet-18 and -34."""
-WIDTHS = (64, 128, 256, 512)
+FAMILY = "ms_resnet"
+"""The model of a network that nothing else decides."""
 PATHS = ("data_path", "save_path", "teacher_path")
 """Fields that say where things lie on one machine: kept in recipe.json, but in no checkpoint."""
 
@@ -84,11 +83,11 @@ class TrainConfig:
     data           name of a data set (`mdsnn.data.load`); data_path: where its files are
     save_path      the run's folder         teacher_path: a teacher's checkpoint, ours or a PyTorch .pth
     start          "teacher" copies its weights into the student first; default where there is a teacher, else "scratch"
-    model          "ms_resnet" | "vgg"
-    depth          18 or 34, or give blocks and widths, one number a group; a student takes its teacher's by default
+    model          "ms_resnet" | "vgg"; default: the teacher's, else ms_resnet
+    depth          18 or 34 (VGG: 9 or 16), or give blocks and widths, one number a group; default: the teacher's
     bits           of weights and membranes, 2..8; weight_bits and membrane_bits override it. Unused by "original"
-    *_bits         2..8; 32 leaves weights, membranes or BN at full precision. A student whose weights or membranes are
-                   at 32 has no integer form: it is an ablation, with a live accuracy alone
+    *_bits         2..8; 32 leaves weights, membranes or BN at full precision: an ablation, which has no integer form
+                   and a live accuracy alone
     tau, v_th, reset, surrogate, quantize, alpha, stem, *_bits, frac_bits, clip   as mdsnn.models.ms_resnet
     loss           "CLK" | "CLM" | "CL", weighted by loss_weights (alpha, beta, gamma of Eq. 7)
     temperature    of Eq. 6 for membranes; logit_temperature for logits, None: the same; direction: see distill
@@ -110,7 +109,7 @@ class TrainConfig:
     save_path: str = "runs/train"
     teacher_path: str | None = None
     start: Literal["teacher", "scratch"] | None = None
-    model: str = "ms_resnet"
+    model: str | None = None
     depth: int | None = None
     blocks: tuple[int, ...] | None = None
     widths: tuple[int, ...] | None = None
@@ -190,7 +189,7 @@ def _faults(config: TrainConfig) -> list[str]:
     value: Any
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
-        if value not in choices and not (name == "start" and value is None):
+        if value not in choices and not (name in ("start", "model") and value is None):
             found.append(f"{name} = {value!r} is none of {', '.join(choices)}")
     for name, (low, high) in _WHOLE.items():
         value = getattr(config, name)
@@ -225,9 +224,11 @@ def _faults(config: TrainConfig) -> list[str]:
             continue
         if type(value) is not tuple or not value or any(type(n) is not int or not 1 <= n <= limit for n in value):
             found.append(f"{name} = {value!r} are not one or more whole numbers in 1..{limit}")
-    if config.depth is not None and config.depth not in list(DEPTHS):
+    depths = _depths(config.model or FAMILY)
+    if config.depth is not None and (type(config.depth) is not int or config.depth not in depths):
         found.append(
-            f"depth = {config.depth!r} is none of {', '.join(map(str, DEPTHS))}; for others give blocks and widths"
+            f"depth = {config.depth!r} is none of {', '.join(map(str, depths))} ({config.model or FAMILY});"
+            " for others give blocks and widths"
         )
     if config.depth is not None and config.blocks is not None:
         found.append("depth and blocks are both given; they say the same thing")
@@ -254,6 +255,12 @@ def _faults(config: TrainConfig) -> list[str]:
         if not isinstance(value, str) and not (value is None and name != "save_path"):
             found.append(f"{name} = {value!r} is no path")
     return found
+
+
+def _depths(model: str) -> list[int]:
+    """The depths that have a network of their own: N where MODELS holds f"{model}N"."""
+    ends = (name.removeprefix(model) for name in MODELS if name.startswith(model))
+    return sorted(int(end) for end in ends if end.isdigit())
 
 
 def recipe(data: str = "digits", setting: str = "original", **changes: Any) -> TrainConfig:

@@ -16,7 +16,7 @@ Started by torchrun, several processes train one network: each takes its share o
 same random numbers, and ends with the same weights (mdsnn.parallel). The first alone writes and measures.
 
 Accuracy is what the frozen, integer network reaches on the test images; the live figure stands beside it. A student
-whose weights or membranes stay at 32 bits, an ablation, has no integers: it has the live figure alone.
+whose weights, membranes or BN stay at 32 bits, an ablation, has no integers: it has the live figure alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from .layers import LIF, QuantBatchNorm2d, taps
 from .models import build
 from .parallel import Team, team
 from .quantizers import FULL_PRECISION
-from .recipe import DEPTHS, PATHS, WIDTHS, TrainConfig, digits_recipe, recipe
+from .recipe import FAMILY, PATHS, TrainConfig, digits_recipe, recipe
 
 __all__ = [
     "Progress",
@@ -256,7 +256,10 @@ class _Run:
         self.generator = torch.Generator().manual_seed(config.seed)
         teacher, teacher_digest = _teacher(config, self.data)
         self.config = _resolve(config, teacher)
-        self.model = _network(self.config, self.data, self.generator)
+        self.model = _network(self.config, self.data, self.generator, None if teacher is None else _config(teacher))
+        built = _config(self.model)
+        shape: dict[str, Any] = {"blocks": tuple(built["blocks"]), "widths": tuple(built["widths"])}
+        self.config = dataclasses.replace(self.config, model=built["model"], **shape)
         if teacher is not None and self.config.start == "teacher":
             _start_from(teacher, self.model, str(config.teacher_path))
         self.teacher: nn.Module | None = None
@@ -464,7 +467,7 @@ class _Run:
             live = accuracy(self.model, test_x, test_y)
         frozen: float | None = None
         self.model.cpu().eval()
-        if FULL_PRECISION not in self.config.resolved_bits[:2]:
+        if FULL_PRECISION not in self.config.resolved_bits:
             measured = freeze(self.model)
             with _firing(measured) as firing:
                 frozen = accuracy(measured, test_x, test_y)
@@ -638,22 +641,25 @@ def _teacher(config: TrainConfig, data: datasets.Dataset) -> tuple[nn.Module | N
 def _resolve(config: TrainConfig, teacher: nn.Module | None) -> TrainConfig:
     """Fill in the shape of the network, and where a student starts from."""
     taught = {} if teacher is None else _config(teacher)
-    blocks = config.blocks if config.depth is None else DEPTHS[config.depth]
-    if blocks is None:
-        blocks = tuple(taught.get("blocks", DEPTHS[18]))
-    widths = config.widths or tuple(taught.get("widths", WIDTHS))
-    if len(blocks) != len(widths):
+    name = config.model or taught.get("model", FAMILY)
+    blocks, widths = config.blocks, config.widths
+    if config.depth is not None:
+        name = f"{name}{config.depth}"
+    elif name == taught.get("model"):
+        blocks, widths = blocks or tuple(taught["blocks"]), widths or tuple(taught["widths"])
+    if blocks and widths and len(blocks) != len(widths):
         raise ConfigError(f"recipe: {len(blocks)} groups of blocks and {len(widths)} of widths; give both")
     start = config.start or ("scratch" if teacher is None else "teacher")
-    return dataclasses.replace(config, depth=None, blocks=blocks, widths=widths, start=start)
+    return dataclasses.replace(config, model=name, depth=None, blocks=blocks, widths=widths, start=start)
 
 
-def _network(config: TrainConfig, data: datasets.Dataset, generator: torch.Generator) -> nn.Module:
+def _network(
+    config: TrainConfig, data: datasets.Dataset, generator: torch.Generator, taught: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The network of a resolved recipe; `taught`, the configuration of its teacher, decides what no recipe names."""
     weight, membrane, bn = config.resolved_bits
     options: dict[str, Any] = {
         "model": config.model,
-        "blocks": list(config.blocks or ()),
-        "widths": list(config.widths or ()),
         "classes": len(data.labels),
         "in_channels": data.channels,
         "size": list(data.size),
@@ -679,10 +685,15 @@ def _network(config: TrainConfig, data: datasets.Dataset, generator: torch.Gener
         "bn_grid",
     )
     options |= {name: getattr(config, name) for name in same}
+    for name, shape in (("blocks", config.blocks), ("widths", config.widths)):
+        if shape:
+            options[name] = list(shape)
+    if taught is not None and taught["model"] == config.model:
+        options |= {name: taught[name] for name in ("hidden", "pool") if name in taught}
     for name, usual in (("quantizer", "tanh"), ("norm", "bn"), ("checkpoint_activations", False)):
         if getattr(config, name) != usual:
             options[name] = getattr(config, name)
-    if config.model == "ms_resnet":
+    if str(config.model).startswith(FAMILY):
         options["stem"] = config.stem
     return build(options)
 
