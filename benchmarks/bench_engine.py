@@ -1,15 +1,18 @@
-"""How fast is an engine on MS-ResNet-18 (3x32x32, T = 4)? Equal bits first, then interleaved timing.
+"""How fast is this engine, beside the others? Equal bits first, then interleaved timing.
 
     python benchmarks/bench_engine.py --json benchmarks/results/engine.json
     python benchmarks/report.py --engine benchmarks/results/engine.json
+
+Without a choice of its own it runs all of `full_plan`, on MS-ResNet-18 (3x32x32, T = 4) and the digits student, and
+prints the ratios of GOALS. comparators.py has the contenders.
 
 Every contender runs in a process of its own, so that thread pools, allocators and instruction-set caps of one do not
 reach another, and its peak memory can be told. All processes live at the same time; the parent lets them run one after
 the other, in rounds whose order is shuffled, so that a slow minute of the machine falls on all of them.
 
 What is timed is checked first: h, s, q and logits of every integer contender against the NumPy reference on a few
-images, and its logits on every image that is timed. The float32 contenders are the same architecture with float weights
-and membranes, calibrated to the same density: not the same integers.
+images, and its logits on every image that is timed. What others compute is the network's float twin: their logits are
+correlated with its own in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import numpy.typing as npt
+from comparators import CONTENDERS, LEVELS, Logits, Pixels, Runner, Workload
 
 from mdsnn.cli.doctor import machine
 from mdsnn.cli.terminal import progress, say, table
@@ -49,7 +52,7 @@ from mdsnn.kernels.network import IntegerNetwork
 if TYPE_CHECKING:
     from networks import Shape
 
-SCHEMA = "mdsnn.bench-engine/1"
+SCHEMA = "mdsnn.bench-engine/2"
 PAUSE = 0.05
 """Seconds between two contenders, in which the first one's idle threads stop spinning."""
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -59,113 +62,44 @@ FLAGS = (
     *("neon", "asimd", "asimddp", "i8mm", "sve", "sve2"),
 )
 """Processor flags that matter here, in the names of /proc/cpuinfo."""
-
-Pixels = npt.NDArray[np.uint8]
-Logits = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A network and how it was made: the bytes of its artifact, and the configuration and state of its float twin.
-
-    Plain values, so that a process that needs no torch can receive one without importing it.
-    """
-
-    name: str
-    bits: int
-    density: float
-    network: bytes
-    config: dict[str, Any]
-    state: dict[str, npt.NDArray[Any]]
+CLOSE = {"float32": 0.98, "bf16": 0.5, "int8": 0.5, "ann": 0.9}
+"""Least correlation of a comparator's logits with its twin's in float32. A spike flipped by rounding flips others."""
+DIGITS = "builtin:digits"
+WITHOUT = ("native", "reference", "ort-our-int", "ort-our-float")
+EVERYTHING = tuple(name for name in CONTENDERS if name not in WITHOUT)
+CAPPED = (*LEVELS[:3], "openvino-int8", "openvino-int8-avx512", "openvino-int8-avx2-vnni", "openvino-int8-avx2")
+UNCAPPED = tuple(name for name in EVERYTHING if not name.startswith("openvino-int8-"))
+BASELINE = "reference"
 
 
 @dataclass(frozen=True)
-class Runner:
-    """A contender made ready. `trace` is there if it computes the network's integers."""
-
-    logits: Callable[[Pixels], Logits]
-    trace: Callable[[Pixels], Trace] | None = None
-
-
-@dataclass(frozen=True)
-class Contender:
-    """title: what it is, in words. make: (workload, threads) to a Runner, in the contender's own process."""
+class Goal:
+    """A ratio to show: how many times faster `ours` is than `theirs` on the workload W`bits`U`bits` at 17 %."""
 
     title: str
-    integers: bool
-    make: Callable[[Workload, int], Runner]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    ours: str
+    theirs: str
+    floor: float
+    target: float
+    moonshot: float
+    bits: int = 4
+    threads: int = 1
+    batch: int = 1
 
 
-# ---------------------------------------------------------------------------------------------------- contenders
-
-
-def _kernels(name: str) -> Callable[[Workload, int], Runner]:
-    def make(workload: Workload, threads: int) -> Runner:
-        engine = Engine(artifact.from_bytes(workload.network), name, threads)
-
-        def trace(pixels: Pixels) -> Trace:
-            found = engine.run(pixels, trace=True).trace
-            if found is None:
-                raise ConfigError(f"engine {name!r} returned no trace")
-            return found
-
-        return Runner(lambda pixels: engine.run(pixels).logits, trace)
-
-    return make
-
-
-def _onnx(carrier: str) -> Callable[[Workload, int], Runner]:
-    def make(workload: Workload, threads: int) -> Runner:
-        try:
-            from mdsnn.export import onnx
-        except ImportError as fault:
-            raise MissingError(f"{fault}: pip install 'mdsnn[train]'") from fault
-        network = artifact.from_bytes(workload.network)
-        timed = onnx.OnnxExecutor(onnx.to_onnx(network, form="unrolled", carrier=carrier), threads=threads)
-
-        def trace(pixels: Pixels) -> Trace:
-            model = onnx.to_onnx(network, form="unrolled", carrier=carrier, trace=True)
-            return onnx.OnnxExecutor(model, threads=threads).run(pixels)
-
-        return Runner(timed.logits, trace)
-
-    return make
-
-
-def _torch(spikingjelly: bool) -> Callable[[Workload, int], Runner]:
-    def make(workload: Workload, threads: int) -> Runner:
-        try:
-            import torch
-            from networks import FloatTwin, spikingjelly_twin
-
-            twin = FloatTwin(workload.config, workload.state)
-            model = spikingjelly_twin(twin) if spikingjelly else twin.build()
-        except ImportError as fault:
-            raise MissingError(f"{fault}: pip install 'mdsnn[train]'") from fault
-        torch.set_num_threads(threads)
-
-        def logits(pixels: Pixels) -> Logits:
-            with torch.inference_mode():
-                out: Logits = model(torch.from_numpy(pixels)).numpy()
-            return out
-
-        return Runner(logits)
-
-    return make
-
-
-CONTENDERS: Mapping[str, Contender] = {
-    "native": Contender("mdsnn, C", True, _kernels("native")),
-    "numba": Contender("mdsnn, Numba", True, _kernels("numba")),
-    "reference": Contender("mdsnn, NumPy reference", True, _kernels("reference")),
-    "ort-int": Contender("ONNX Runtime, our integer graph, ConvInteger", True, _onnx("int")),
-    "ort-float": Contender("ONNX Runtime, our integer graph, float32 carrier", True, _onnx("float")),
-    "pytorch": Contender("PyTorch eager float32, T folded into the batch", False, _torch(False)),
-    "spikingjelly": Contender("SpikingJelly float32, multi-step", False, _torch(True)),
-}
-DEFAULT = tuple(name for name in CONTENDERS if name != "reference")
-BASELINE = "reference"
+GOALS = (
+    Goal("AMX, against OpenVINO int8", "amx", "openvino-int8", 2.2, 2.7, 3.5),
+    Goal("both capped at AVX2", "avx2", "openvino-int8-avx2", 4, 5, 5.5),
+    Goal("both capped at AVX2-VNNI", "avx2", "openvino-int8-avx2-vnni", 2.2, 2.8, 3),
+    Goal("both capped at AVX512-VNNI", "avx512", "openvino-int8-avx512", 1.8, 2.3, 3),
+    Goal("against the int8 ANN at T = 1 in OpenVINO", "amx", "ann-openvino-int8", 0.75, 1, 1.2),
+    Goal("batch 16, 2 threads, against OpenVINO int8", "amx", "openvino-int8", 2.2, 2.6, 3.5, 4, 2, 16),
+    Goal("Numba against PyTorch float32", "numba", "pytorch", 2, 3, 5),
+    Goal("W8U8, AMX, against OpenVINO int8", "amx", "openvino-int8", 2, 2.5, 3, 8),
+    Goal("W8U8, both capped at AVX2", "avx2", "openvino-int8-avx2", 2.5, 3, 4, 8),
+)
+"""One thread, batch 1 where they do not say otherwise."""
+GOAL_DENSITY = 0.17
 
 
 # ----------------------------------------------------------------------------------------------------- processes
@@ -207,16 +141,18 @@ def forget_peak() -> None:
         stream.write("5")
 
 
-def _serve(pipe: Connection, name: str, workload: Workload, threads: int) -> None:
+def _serve(pipe: Connection, name: str, given: Any, threads: int) -> None:
     """What a contender's process does: make it, then obey until the pipe closes. Faults go to the parent."""
     runner: Runner | None = None
+    start = peak_rss()
     orders: dict[str, Callable[..., Any]] = {}
     while True:
         try:
             if runner is None:
-                runner = CONTENDERS[name].make(workload, threads)
+                runner = CONTENDERS[name].make(given, threads)
+                del given
                 run, traced = runner.logits, runner.trace
-                orders = {"logits": run, "peak": peak_rss, "forget": forget_peak}
+                orders = {"logits": run, "peak": peak_rss, "forget": forget_peak, "start": lambda: start}
                 orders["time"] = functools.partial(clock, run)
                 if traced is not None:
                     orders["trace"] = traced
@@ -257,15 +193,14 @@ class Process:
     raises  MdsnnError  what building it raised there, such as MissingError where a library is not installed
     """
 
-    def __init__(self, name: str, workload: Workload, threads: int) -> None:
-        self.name = name
+    def __init__(self, name: str, workload: Workload, batches: Sequence[int], threads: int) -> None:
+        self.name, contender = name, CONTENDERS[name]
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         pools = dict.fromkeys(POOLS, str(threads))
-        if CONTENDERS[name].integers:
-            workload = replace(workload, config={}, state={})
-        self._process = context.Process(target=_serve, args=(theirs, name, workload, threads), daemon=True)
-        with _environment({**pools, **CONTENDERS[name].environment}):
+        given = contender.prepare(workload, batches)
+        self._process = context.Process(target=_serve, args=(theirs, name, given, threads), daemon=True)
+        with _environment({**pools, **contender.environment}):
             self._process.start()
         theirs.close()
         try:
@@ -274,7 +209,7 @@ class Process:
             raise self._died() from None
 
     def ask(self, order: str, *arguments: Any) -> Any:
-        """Have it do "trace", "logits" or "time" on pixels, tell its "peak" of memory, or "forget" that.
+        """Have it do "trace", "logits" or "time" on pixels, or tell its memory: "peak", "forget", "start".
 
         raises  what the contender raised; EnvironmentFault if its process died, as when memory runs out
         """
@@ -302,19 +237,21 @@ class Process:
             self._process.kill()
 
 
-def _start(
-    names: Sequence[str], workload: Workload, threads: int, chosen: bool, left_out: dict[str, str]
-) -> dict[str, Process]:
+def _start(workload: Workload, threads: int, settings: Settings, left_out: dict[str, str]) -> dict[str, Process]:
     """Processes by contender. One that is missing is left out, with its reason, unless it was chosen by name."""
     running: dict[str, Process] = {}
+    flags = processor_flags()
+    parts = sorted({size for batch in settings.batches for size in (batch, batch // threads) if size})
     try:
-        for name in names:
+        for name in settings.contenders:
             if name in left_out:
                 continue
             try:
-                running[name] = Process(name, workload, threads)
+                if CONTENDERS[name].flag not in ("", *flags):
+                    raise MissingError(f"the processor has no {CONTENDERS[name].flag}")
+                running[name] = Process(name, workload, parts, threads)
             except MissingError as fault:
-                if chosen:
+                if settings.chosen:
                     raise
                 left_out[name] = str(fault)
     except BaseException:
@@ -335,7 +272,7 @@ class Settings:
     check   images whose traces are compared
     """
 
-    contenders: tuple[str, ...] = DEFAULT
+    contenders: tuple[str, ...] = EVERYTHING
     chosen: bool = False
     threads: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (1, 16)
@@ -345,21 +282,46 @@ class Settings:
     seed: int = 0
 
 
-def make_workload(shape: Shape, bits: int, density: float, seed: int) -> Workload:
-    """The calibrated random network of `shape`, and its float twin."""
+Task = tuple[Callable[[], Workload], Settings]
+"""A workload, made when its turn comes, and what to measure of it."""
+
+
+def make_workload(shape: Shape, bits: int, density: float, images: int, seed: int) -> Workload:
+    """The calibrated random network of `shape`, its twins, and `images` random images."""
     import networks
 
+    say(f"calibrating W{bits}U{bits} to {density:.0%}")
     network = networks.integer_network(shape, bits, density, seed=seed)
-    twin = networks.float_twin(shape, density, seed=seed)
-    return Workload(
+    name = (
         f"MS-ResNet-{2 * sum(shape.blocks) + 2}, 3x{shape.size}x{shape.size}, widths "
-        f"{'/'.join(map(str, shape.widths))}, T = {shape.timesteps}, W{bits}U{bits}, {density:.0%} density",
-        bits,
-        density,
-        artifact.to_bytes(network),
-        twin.config,
-        twin.state,
+        f"{'/'.join(map(str, shape.widths))}, T = {shape.timesteps}, W{bits}U{bits}, {density:.0%} density"
     )
+    pixels = networks.random_images(images, shape, np.random.default_rng([seed, 2]))
+    return _workload(name, bits, density, network, pixels, seed)
+
+
+def digits_workload(images: int, seed: int) -> Workload:
+    """The trained student that ships with the package, on test images of its own."""
+    from mdsnn.cli.options import read_data
+
+    network = artifact.load(DIGITS)
+    pixels = read_data(network, DIGITS)[0]
+    return _workload("the trained digits student", network.lifs[0].bits, None, network, pixels[:images], seed)
+
+
+def _workload(
+    name: str, bits: int, density: float | None, network: IntegerNetwork, pixels: Pixels, seed: int
+) -> Workload:
+    import networks
+
+    spec = network.input
+    shape = (16, spec.channels, spec.height, spec.width)
+    calibration = np.random.default_rng([seed, 1]).integers(0, 256, shape, dtype=np.uint8)
+    if density is None:
+        calibration = pixels  # random pixels are not what a trained network reads
+    twin = networks.float_twin(network, calibration)
+    ann = networks.relu_twin(twin, calibration)
+    return Workload(name, bits, density, artifact.to_bytes(network), twin, ann, pixels)
 
 
 def measure(workload: Workload, settings: Settings, left_out: dict[str, str]) -> dict[str, Any]:
@@ -367,21 +329,22 @@ def measure(workload: Workload, settings: Settings, left_out: dict[str, str]) ->
     import networks
 
     network = artifact.from_bytes(workload.network)
-    spec = network.input
-    count = max(*settings.batches, settings.check)
-    shape = (count, spec.channels, spec.height, spec.width)
-    pixels = np.random.default_rng([settings.seed, 2]).integers(0, 256, shape, dtype=np.uint8)
+    pixels = workload.pixels[: max(*settings.batches, settings.check)]
+    count = len(pixels)
     reference, results = Engine(network, "reference", 1), []
     with progress("reference") as tick:
         for at in range(count):  # one by one, for its int64 tensors are large
             results.append(reference.run(pixels[at : at + 1]))
             tick(at + 1, count)
-    want = np.concatenate([result.logits for result in results])
+    want = {"integers": np.concatenate([result.logits for result in results])}
+    want["float32"] = want["int8"] = want["bf16"] = networks.float_logits(workload.twin, pixels)
+    want["ann"] = networks.float_logits(workload.ann, pixels)
     document: dict[str, Any] = {
         "name": workload.name,
         "weight_bits": workload.bits,
         "membrane_bits": workload.bits,
         "density_wanted": workload.density,
+        "twin_correlation": correlation(want["float32"], want["integers"]),
         "macs": networks.macs(network),
         "artifact_bytes": len(workload.network),
         "layers": [
@@ -396,7 +359,7 @@ def measure(workload: Workload, settings: Settings, left_out: dict[str, str]) ->
         "rows": [],
     }
     for threads in settings.threads:
-        running = _start(settings.contenders, workload, threads, settings.chosen, left_out)
+        running = _start(workload, threads, settings, left_out)
         try:
             if document["check"] is None:
                 document["check"] = _check(network, reference, running, pixels[: settings.check])
@@ -427,7 +390,7 @@ def _check(
         return lambda part: process.ask("trace", part)
 
     executors: dict[str, Executor] = {f"{BASELINE} (baseline)": baseline}
-    executors |= {name: asking(process) for name, process in running.items() if CONTENDERS[name].integers}
+    executors |= {name: asking(process) for name, process in running.items() if CONTENDERS[name].computes == "integers"}
     if len(executors) == 1:
         return {"images": images, "agrees": True, "compared": 0, "differing": 0, "faults": [], "logits": []}
     say(f"checking h, s, q and logits on {images} images: {', '.join(executors)}")
@@ -444,21 +407,29 @@ def _check(
 
 
 def _check_logits(
-    running: Mapping[str, Process], pixels: Pixels, batches: Sequence[int], want: Logits
+    running: Mapping[str, Process], pixels: Pixels, batches: Sequence[int], want: Mapping[str, Logits]
 ) -> list[dict[str, Any]]:
-    """The logits of what is timed, at every batch size: equal to the reference's, or finite where they are floats."""
+    """The logits of what is timed, at every batch size: equal to the reference's, or close to their twin's."""
     rows: list[dict[str, Any]] = []
     for name, process in running.items():
         for batch in batches:
-            got, due = process.ask("logits", pixels[:batch]), want[:batch]
-            if CONTENDERS[name].integers:
-                equal = got.dtype == due.dtype and np.array_equal(got, due)
+            computes = CONTENDERS[name].computes
+            got, due = process.ask("logits", pixels[:batch]), want[computes][:batch]
+            row: dict[str, Any] = {"contender": name, "batch": batch, "computes": computes}
+            if computes == "integers":
+                row["equal"] = bool(got.dtype == due.dtype and np.array_equal(got, due))
             else:
-                equal = got.shape == due.shape and bool(np.isfinite(got).all())
-            rows.append(
-                {"contender": name, "batch": batch, "integers": CONTENDERS[name].integers, "equal": bool(equal)}
-            )
+                row["correlation"] = correlation(got, due)
+                row["equal"] = row["correlation"] >= CLOSE[computes]
+            rows.append(row)
     return rows
+
+
+def correlation(a: Logits, b: Logits) -> float:
+    """Pearson's r of all logits; -1 if shapes differ or a value is not finite."""
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return -1.0
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 def _time(running: Mapping[str, Process], pixels: Pixels, threads: int, settings: Settings) -> list[dict[str, Any]]:
@@ -468,6 +439,7 @@ def _time(running: Mapping[str, Process], pixels: Pixels, threads: int, settings
     for batch in settings.batches:
         visits: dict[str, list[float]] = {name: [] for name in running}
         for process in running.values():
+            process.ask("logits", pixels[:batch])  # graphs of fixed shape are compiled here
             process.ask("forget")
         with progress(f"{threads} thread(s), batch {batch}") as tick:
             for turn in range(settings.rounds):
@@ -481,6 +453,7 @@ def _time(running: Mapping[str, Process], pixels: Pixels, threads: int, settings
         for name, times in visits.items():
             rows.append({"contender": name, "threads": threads, "batch": batch, **summary(times)})
             rows[-1]["peak_rss_bytes"] = running[name].ask("peak")
+            rows[-1]["start_rss_bytes"] = running[name].ask("start")
     return rows
 
 
@@ -525,30 +498,62 @@ def commit() -> str:
 def versions() -> dict[str, str]:
     """Python and the libraries that contend."""
     found = {"python": platform.python_version()}
-    for name in ("mdsnn", "numpy", "numba", "torch", "onnx", "onnxruntime", "spikingjelly"):
+    for name in ("mdsnn", "numpy", "numba", "torch", "onnx", "onnxruntime", "openvino", "spikingjelly"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
 
 
-def benchmark(
-    shape: Shape, bits: Sequence[int], densities: Sequence[float], settings: Settings, *, quick: bool = False
-) -> dict[str, Any]:
-    """Everything, as JSON values (schema mdsnn.bench-engine/1)."""
-    for name in settings.contenders:
+def plan(shape: Shape, base: Settings, bits: Sequence[int], densities: Sequence[float]) -> list[Task]:
+    """The workloads of the given bits and densities, each with all of `base`."""
+
+    def task(width: int, density: float) -> Task:
+        images = max(*base.batches, base.check)
+        return lambda: make_workload(shape, width, density, images, base.seed), base
+
+    return [task(width, density) for width in bits for density in densities]
+
+
+def full_plan(shape: Shape, base: Settings) -> list[Task]:
+    """All that the README shows: everything at 17 %, the capped engines on W8U8 and at other densities, the digits."""
+    alone = replace(base, contenders=CAPPED, threads=(1,), batches=(1,))
+    tasks = plan(shape, base, (4,), (GOAL_DENSITY,))
+    tasks += plan(shape, alone, (8,), (GOAL_DENSITY,)) + plan(shape, alone, (4,), (0.05, 0.1, 0.2, 0.5))
+    digits = replace(base, contenders=tuple(name for name in base.contenders if name in UNCAPPED))
+    return [*tasks, (lambda: digits_workload(max(*base.batches, base.check), base.seed), digits)]
+
+
+def ratios(workloads: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """GOALS with what was measured, of medians; those whose two rows are both there."""
+    found = []
+    for goal in GOALS:
+        for workload in workloads:
+            if (workload["weight_bits"], workload["density_wanted"]) != (goal.bits, GOAL_DENSITY):
+                continue
+            ms = {
+                row["contender"]: row["ms_per_image"]
+                for row in workload["rows"]
+                if (row["threads"], row["batch"]) == (goal.threads, goal.batch)
+            }
+            if goal.ours in ms and goal.theirs in ms:
+                found.append({**vars(goal), "measured": ms[goal.theirs] / ms[goal.ours]})
+    return found
+
+
+def benchmark(tasks: Sequence[Task], *, quick: bool = False) -> dict[str, Any]:
+    """Everything, as JSON values (schema mdsnn.bench-engine/2)."""
+    names = list(dict.fromkeys(name for _, settings in tasks for name in settings.contenders))
+    for name in names:
         if name not in CONTENDERS:
             raise ConfigError(f"contender {name!r} is none of {', '.join(CONTENDERS)}")
     left_out: dict[str, str] = {}
-    workloads = []
-    for width in bits:
-        for density in densities:
-            say(f"calibrating W{width}U{width} to {density:.0%}")
-            workload = make_workload(shape, width, density, settings.seed)
-            workloads.append(measure(workload, settings, left_out))
+    workloads = [measure(make(), settings, left_out) for make, settings in tasks]
+    settings = tasks[0][1]
     return {
         "schema": SCHEMA,
         "quick": quick,
         "agrees": all(workload["check"]["agrees"] for workload in workloads),
+        "ratios": ratios(workloads),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit(),
         "machine": machine(),
@@ -563,8 +568,8 @@ def benchmark(
         "visit_seconds": settings.seconds,
         "seed": settings.seed,
         "contenders": {
-            name: {"title": CONTENDERS[name].title, "integers": CONTENDERS[name].integers}
-            for name in settings.contenders
+            name: {"title": CONTENDERS[name].title, "computes": CONTENDERS[name].computes}
+            for name in names
             if name not in left_out
         },
         "left_out": left_out,
@@ -590,11 +595,12 @@ def show(document: dict[str, Any]) -> None:
             click.echo(f"differs: {fault}")
         for row in check["logits"]:
             if not row["equal"]:
-                click.echo(f"differs: {row['contender']}: logits at batch {row['batch']}")
+                found = f", correlation {row['correlation']:.3f}" if "correlation" in row else ""
+                click.echo(f"differs: {row['contender']}: logits at batch {row['batch']}{found}")
         timed = [
             [
                 row["contender"],
-                "integers" if document["contenders"][row["contender"]]["integers"] else "float32",
+                document["contenders"][row["contender"]]["computes"],
                 row["threads"],
                 row["batch"],
                 f"{row['ms_per_image']:.3f}",
@@ -607,13 +613,22 @@ def show(document: dict[str, Any]) -> None:
         ]
         headers = ["contender", "computes", "threads", "batch", "ms/image", "min", "spread", "images/s", "peak MiB"]
         table(headers, timed, f"median of {document['rounds']} interleaved visits")
+    if document["ratios"]:
+        click.echo("")
+        heads = ["how many times faster", "measured", "floor", "target", "moonshot"]
+        shown = [
+            [r["title"], f"{r['measured']:.2f}", r["floor"], r["target"], r["moonshot"]] for r in document["ratios"]
+        ]
+        table(heads, shown)
 
 
 # -------------------------------------------------------------------------------------------------- command line
 
 
-def _numbers(low: float, high: float) -> Callable[[Any, Any, str], tuple[float, ...]]:
-    def read(_: Any, __: Any, text: str) -> tuple[float, ...]:
+def _numbers(low: float, high: float) -> Callable[[Any, Any, str | None], tuple[float, ...] | None]:
+    def read(_: Any, __: Any, text: str | None) -> tuple[float, ...] | None:
+        if text is None:
+            return None
         try:
             values = tuple(float(part) for part in text.split(","))
         except ValueError:
@@ -625,8 +640,10 @@ def _numbers(low: float, high: float) -> Callable[[Any, Any, str], tuple[float, 
     return read
 
 
-def _integers(low: int, high: int) -> Callable[[Any, Any, str], tuple[int, ...]]:
-    def read(_: Any, __: Any, text: str) -> tuple[int, ...]:
+def _integers(low: int, high: int) -> Callable[[Any, Any, str | None], tuple[int, ...] | None]:
+    def read(_: Any, __: Any, text: str | None) -> tuple[int, ...] | None:
+        if text is None:
+            return None
         parts = text.split(",")
         if not all(part.isascii() and part.isdigit() and low <= int(part[:9]) <= high for part in parts):
             raise click.BadParameter(f"{text!r} is no list of whole numbers in {low}..{high}, such as {low},{high}")
@@ -636,11 +653,11 @@ def _integers(low: int, high: int) -> Callable[[Any, Any, str], tuple[int, ...]]
 
 
 @click.command()
-@click.option("--bits", default="4", show_default=True, callback=_integers(2, 8), help="Of weights and membranes.")
-@click.option("--density", default="17", show_default=True, callback=_numbers(1, 60), help="Per cent that fire.")
-@click.option("--threads", default="1,2", show_default=True, callback=_integers(1, 1024))
-@click.option("--batch", default="1,16", show_default=True, callback=_integers(1, 1024), help="Images a call.")
-@click.option("--contenders", help=f"Of {', '.join(CONTENDERS)}; default: all that are there but the reference.")
+@click.option("--bits", callback=_integers(2, 8), help="Of weights and membranes, such as 4,8.")
+@click.option("--density", callback=_numbers(1, 60), help="Per cent that fire, such as 5,10,20,50.")
+@click.option("--threads", callback=_integers(1, 1024), help="Such as 1,2.")
+@click.option("--batch", callback=_integers(1, 1024), help="Images a call, such as 1,16.")
+@click.option("--contenders", help=f"Of {', '.join(CONTENDERS)}.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(1, 1000), help="Visits of each contender.")
 @click.option(
     "--check", default=2, show_default=True, type=click.IntRange(1, 64), help="Images whose traces are compared."
@@ -650,10 +667,10 @@ def _integers(low: int, high: int) -> Callable[[Any, Any, str], tuple[int, ...]]
 @click.option("--json", "json_file", metavar="FILE", help="Write the result, with every visit, to FILE.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 def main(
-    bits: tuple[int, ...],
-    density: tuple[float, ...],
-    threads: tuple[int, ...],
-    batch: tuple[int, ...],
+    bits: tuple[int, ...] | None,
+    density: tuple[float, ...] | None,
+    threads: tuple[int, ...] | None,
+    batch: tuple[int, ...] | None,
     contenders: str | None,
     rounds: int,
     check: int,
@@ -662,7 +679,10 @@ def main(
     json_file: str | None,
     force: bool,
 ) -> None:
-    """Time the engines and their comparators on a calibrated random MS-ResNet-18.
+    """Time the engines and their comparators.
+
+    Without --bits, --density, --threads, --batch and --contenders: everything that the README shows. With any of them:
+    a random MS-ResNet-18 (W4U4, 17 %, threads 1 and 2, batch 1 and 16 where they do not say otherwise).
 
     Exit code 1 if any integer differs from the reference's; nothing is timed then.
     """
@@ -671,13 +691,19 @@ def main(
     if json_file is not None:
         make_folder(Path(json_file).parent)
         check_writable(json_file, force=force)
-    names = tuple(contenders.split(",")) if contenders else DEFAULT
-    settings = Settings(names, contenders is not None, threads, batch, rounds, check=check, seed=seed)
+    settings = Settings(rounds=rounds, check=check, seed=seed)
     shape = networks.RESNET18
     if quick:
-        shape = networks.SMALL
-        settings = Settings(names, contenders is not None, threads, batch, 2, 0.01, check, seed)
-    document = benchmark(shape, bits, [percent / 100 for percent in density], settings, quick=quick)
+        shape, settings = networks.SMALL, replace(settings, rounds=2, seconds=0.01)
+    if contenders is not None:
+        settings = replace(settings, contenders=tuple(contenders.split(",")), chosen=True)
+    settings = replace(settings, threads=threads or settings.threads, batches=batch or settings.batches)
+    if any(choice is not None for choice in (bits, density, threads, batch, contenders)):
+        densities = [percent / 100 for percent in density] if density else [GOAL_DENSITY]
+        tasks = plan(shape, settings, bits or (4,), densities)
+    else:
+        tasks = full_plan(shape, settings)
+    document = benchmark(tasks, quick=quick)
     if json_file is not None:
         write_text(json_file, json.dumps(document, indent=1, allow_nan=False) + "\n", force=force)
     show(document)

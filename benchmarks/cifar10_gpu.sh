@@ -37,7 +37,7 @@ done
 mdsnn() { "${PYTHON:-python}" -m mdsnn "$@"; }
 source=(--data "$data" --data-path "$data_path")
 # 256 samples an update; SGD at 0.1 for the teacher, 0.02 for students that start from it
-common=("${source[@]}" --device "$device" --seed 1234 --label-smoothing 0.1 --set flip=true --set cutout=8)
+common=("${source[@]}" --device "$device" --seed 1234 --set label_smoothing=0.1 --set flip=true --set cutout=8)
 network=(--model-depth 18 --time-window 4 --batch-size 256)
 [[ $device == cpu ]] || common+=(--precision bf16)
 if [[ $shortened ]]; then

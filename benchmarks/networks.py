@@ -1,4 +1,5 @@
-"""The benchmark's networks: MS-ResNets with random weights in which every LIF layer fires at a wanted density.
+"""The benchmark's networks: MS-ResNets with random weights in which every LIF layer fires at a wanted density, and what
+the comparators run in their place.
 
 Speed depends on shapes and on how many neurons fire, not on what a network has learned. `calibrate` walks a random
 network in order of execution: each BN takes the statistics of the calibration images, and the beta of the last BN
@@ -8,8 +9,9 @@ those of a trained network are not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,9 @@ from mdsnn import models
 from mdsnn.export.lower import lower
 from mdsnn.freeze import freeze
 from mdsnn.kernels.errors import ConfigError
-from mdsnn.kernels.network import Conv, IntegerNetwork, Linear
-from mdsnn.layers import LIF, QuantBatchNorm2d, trace
+from mdsnn.kernels.formats import IMAGE_FRAC_BITS, Array
+from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputTable, IntegerNetwork, Lif, Linear, Node, Requantize
+from mdsnn.layers import LIF, QuantBatchNorm2d, ShortcutQuant, trace
 from mdsnn.models.ms_resnet import MSResNet, ms_resnet
 
 GAMMA = 0.5
@@ -32,6 +35,8 @@ BETA_SPREAD = 0.1
 _REACH = 2.0
 """Betas are sought within +-_REACH; tanh, which Eq. 4 takes of them, is 0.96 there."""
 _HALVINGS = 9  # to steps of 1/128, Eq. 4's own
+BN_EPS = 1e-5
+"""What every BN layer adds to its variance."""
 _TOLERANCE = 0.1
 """Largest relative distance of a calibrated density from the wanted one."""
 
@@ -54,15 +59,24 @@ SMALL = Shape((1, 1), (8, 16), size=12, classes=10)
 
 @dataclass(frozen=True)
 class FloatTwin:
-    """The same architecture in float32: `config` for mdsnn.models.build, and the state dict as arrays."""
+    """An integer network in float32: its weights are the codes, its tables straight lines, its membranes not rounded.
+
+    config  for mdsnn.models.build      state  the state dict as arrays
+    neuron  "lif", or "relu" at T = 1: the ANN of the same shape
+    ranges  largest |value| on the calibration images: of each BN layer, and of what each LIF or ReLU reads, by name
+    """
 
     config: dict[str, Any]
     state: dict[str, npt.NDArray[Any]]
+    neuron: str = "lif"
+    ranges: Mapping[str, float] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The model, in evaluation mode."""
         model = models.build(self.config)
         model.load_state_dict(self.tensors())
+        if self.neuron == "relu":
+            _replace_lifs(model)
         return model.eval()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,13 +100,6 @@ def integer_network(shape: Shape, bits: int, density: float, *, seed: int, image
     model = _random(shape, seed, weight_bits=bits, membrane_bits=bits, bn_bits=8)
     calibrate(model, random_images(images, shape, np.random.default_rng([seed, 1])), density, seed=seed)
     return lower(freeze(model))
-
-
-def float_twin(shape: Shape, density: float, *, seed: int, images: int = 16) -> FloatTwin:
-    """The same architecture, weights and calibration in full precision; not the same integers (see integer_network)."""
-    model = _random(shape, seed)
-    calibrate(model, random_images(images, shape, np.random.default_rng([seed, 1])), density, seed=seed)
-    return FloatTwin(model.config, {name: tensor.numpy() for name, tensor in model.state_dict().items()})
 
 
 def _random(shape: Shape, seed: int, **bits: Any) -> MSResNet:
@@ -201,6 +208,202 @@ class _Calibration(fx.Interpreter):
                 del self.env[node]  # nothing reads it any more
 
 
+# --------------------------------------------------------------------------------------------------------- twins
+
+
+class _Relu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+
+def _replace_lifs(model: nn.Module) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LIF):
+            model.set_submodule(name, _Relu())
+
+
+def float_twin(network: IntegerNetwork, pixels: npt.NDArray[np.uint8]) -> FloatTwin:
+    """An MS-ResNet of this package as float libraries run it; its logits are the integers over T * pooled pixels.
+
+    pixels  calibration images, for `ranges`
+    raises  ConfigError  if the network is no MS-ResNet that this package exported, with hard resets
+    """
+    nodes = {node.name: node for node in network.nodes}
+    places = [tuple(map(int, name.split(".")[1:3])) for name in nodes if name.endswith(".conv1")]
+    lif, stem = nodes.get("lif"), nodes.get("stem")
+    tau = network.notes.get("lif.tau")
+    if not (places and isinstance(lif, Lif) and lif.reset == "hard" and isinstance(stem, Conv) and tau):
+        raise ConfigError("only an MS-ResNet of this package with hard resets has a float twin here")
+    blocks = [sum(place[0] == group for place in places) for group in range(places[-1][0] + 1)]
+    step = 2.0**-network.grid.frac_bits
+    mean, std = _normalization(network.nodes[0])
+    readout = network.readout
+    pooled = network.timesteps * math.prod(network.proof.shapes[lif.name][1:])
+    state: dict[str, npt.NDArray[Any]] = {
+        "readout.weight": readout.weight.reshape(network.classes, -1).astype(np.float32),
+        "readout.bias": (readout.bias / pooled).astype(np.float32),
+    }
+    for node in network.nodes:
+        if isinstance(node, Conv):
+            state[f"{node.name}.weight"] = node.weight.astype(np.float32)
+        elif isinstance(node, BnAffine | BnDense):
+            unit = _input_step(network, nodes[nodes[node.source].inputs[0]])
+            slope, intercept = _line(network, node)
+            state[f"{node.name}.weight"] = (slope * step / unit).astype(np.float32)
+            state[f"{node.name}.bias"] = (intercept * step).astype(np.float32)
+            state[f"{node.name}.running_mean"] = np.zeros(len(slope), np.float32)
+            state[f"{node.name}.running_var"] = np.full(len(slope), 1.0 - BN_EPS, np.float32)
+        elif isinstance(node, Lif):
+            state[f"{node.name}.alpha"] = np.array(1.0, np.float32)
+            state[f"{node.name}.alpha_batches"] = np.array(1, np.int64)
+    model = ms_resnet(
+        blocks,
+        [len(state[f"groups.{group}.0.conv1.weight"]) for group in range(len(blocks))],
+        size=(network.input.height, network.input.width),
+        in_channels=network.input.channels,
+        classes=network.classes,
+        timesteps=network.timesteps,
+        mean=mean,
+        std=std,
+        v_th=lif.v_th * step,
+        tau=float.fromhex(tau),
+    )
+    twin = FloatTwin(model.config, state)
+    return replace(twin, ranges=_ranges(twin.build(), pixels))
+
+
+def relu_twin(twin: FloatTwin, pixels: npt.NDArray[np.uint8]) -> FloatTwin:
+    """The ANN of the same shape and weights: ReLU for LIF, T = 1, BN statistics of its own."""
+    ann = replace(twin, config={**twin.config, "timesteps": 1}, neuron="relu")
+    model = ann.build()
+    with torch.no_grad():
+        _Calibration(model, 0.0, torch.Generator().manual_seed(0)).run(torch.from_numpy(pixels))
+    found = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return replace(ann, state={**ann.state, **found}, ranges=_ranges(model, pixels))
+
+
+def float_logits(twin: FloatTwin, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Logits [N, classes] of `twin`, an image at a time."""
+    model = twin.build()
+    with torch.inference_mode():
+        logits = torch.cat([model(image[None]) for image in torch.from_numpy(pixels)])
+    found: npt.NDArray[np.float32] = logits.numpy()
+    return found
+
+
+def _input_step(network: IntegerNetwork, source: Node) -> float:
+    """Real value of one code of what a convolution reads."""
+    if isinstance(source, InputTable):
+        return 2.0**-IMAGE_FRAC_BITS
+    return 2.0 ** (source.shift - network.grid.frac_bits) if isinstance(source, Requantize) else 1.0
+
+
+def _line(network: IntegerNetwork, node: BnAffine | BnDense) -> tuple[Array, Array]:
+    """Slope and intercept of a BN table's rows, in codes of the stream, where they do not saturate."""
+    if isinstance(node, BnAffine):
+        scale = 2.0 ** node.shift.astype(np.float64)
+        return node.multiplier / scale, node.offset / scale - 0.5  # the floor is a rounding: 0.5 is in the offset
+    lo, hi = network.proof.channel_bounds[node.source]
+    ends = np.cumsum(hi - lo + 1)
+    lines = []
+    for row, first in zip(np.split(node.table, ends[:-1]), lo, strict=True):
+        inside = np.flatnonzero(np.abs(row) < network.grid.saturation)
+        places = inside[[0, -1]] if len(inside) > 1 else np.array([0, len(row) - 1])
+        (x0, x1), (y0, y1) = places + int(first), row[places]
+        slope = (y1 - y0) / max(x1 - x0, 1)
+        lines.append((slope, y0 - slope * x0))
+    slopes, intercepts = np.array(lines).T
+    return slopes, intercepts
+
+
+def _normalization(table: Node) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel that make an input table, or nearly."""
+    assert isinstance(table, InputTable)
+    lines = []
+    for row in table.table:
+        inside = (row > -128) & (row < 127)  # the rest saturates
+        lines.append(np.polyfit(np.arange(256)[inside] / 255, row[inside] * 2.0**-IMAGE_FRAC_BITS, 1))
+    return [float(-intercept / slope) for slope, intercept in lines], [float(1 / slope) for slope, _ in lines]
+
+
+def _ranges(model: nn.Module, pixels: npt.NDArray[np.uint8]) -> dict[str, float]:
+    """Largest |value| that leaves a BN layer or enters a LIF, a ReLU or a shortcut, by the layer's name."""
+    found: dict[str, float] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        found[name] = float(x.abs().amax())
+
+    hooks = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantBatchNorm2d):
+            hooks.append(layer.register_forward_hook(lambda _, __, y, name=name: watch(name, y)))
+        elif isinstance(layer, LIF | _Relu | ShortcutQuant):
+            hooks.append(layer.register_forward_pre_hook(lambda _, xs, name=name: watch(name, xs[0])))
+    with torch.no_grad():
+        model(torch.from_numpy(pixels))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class Folded(nn.Module):
+    """`twin` in plain PyTorch: T folded into the batch, BN folded into the convolutions; uint8 [N, C, H, W] to logits.
+
+    Written for torch.compile: one graph without breaks.
+    """
+
+    def __init__(self, twin: FloatTwin) -> None:
+        super().__init__()
+        config = twin.config
+        self.timesteps, self.tau, self.v_th = config["timesteps"], config["tau"], config["v_th"]
+        self.input = twin.build().get_submodule("input")
+        state = twin.tensors()
+
+        def conv(name: str, bn: str, stride: int) -> nn.Conv2d:
+            deviation = torch.sqrt(state[f"{bn}.running_var"] + BN_EPS)
+            gain = state[f"{bn}.weight"] / deviation
+            weight = state[f"{name}.weight"] * gain[:, None, None, None]
+            c_out, c_in, size, _ = weight.shape
+            made = nn.Conv2d(c_in, c_out, size, stride, size // 2)
+            made.load_state_dict({"weight": weight, "bias": state[f"{bn}.bias"] - gain * state[f"{bn}.running_mean"]})
+            return made
+
+        self.stem = conv("stem", "stem_bn", 1)
+        self.blocks = nn.ModuleList()
+        channels = config["widths"][0]
+        for group, (depth, width) in enumerate(zip(config["blocks"], config["widths"], strict=True)):
+            for i in range(depth):
+                name, stride = f"groups.{group}.{i}", 2 if group and not i else 1
+                block = [conv(f"{name}.conv1", f"{name}.bn1", stride), conv(f"{name}.conv2", f"{name}.bn2", 1)]
+                if stride != 1 or channels != width:
+                    block.append(conv(f"{name}.shortcut.1", f"{name}.shortcut.2", stride))
+                self.blocks.append(nn.ModuleList(block))
+                channels = width
+        self.readout = nn.Linear(channels, config["classes"])
+        self.readout.load_state_dict({part: state[f"readout.{part}"] for part in ("weight", "bias")})
+        self.eval()
+
+    def fire(self, x: Tensor) -> Tensor:
+        """Spikes of [T*N, C, H, W]."""
+        spikes: list[Tensor] = []
+        u: Tensor | None = None
+        for current in x.chunk(self.timesteps):
+            h = current if u is None else torch.add(current, u, alpha=self.tau)
+            spikes.append(h > self.v_th)
+            u = h.masked_fill(spikes[-1], 0.0)
+        return torch.cat(spikes).to(x.dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.stem(self.input(pixels)[0]).repeat(self.timesteps, 1, 1, 1)
+        for block in self.blocks:
+            layers = list(block)  # type: ignore[arg-type]
+            r = layers[1](self.fire(layers[0](self.fire(x))))
+            x = r + (layers[2](x) if len(layers) > 2 else x)
+        rates = self.fire(x).mean(dim=(2, 3)).unflatten(0, (self.timesteps, -1)).mean(0)
+        logits: Tensor = self.readout(rates)
+        return logits
+
+
 # -------------------------------------------------------------------------------------------------- SpikingJelly
 
 
@@ -245,7 +448,7 @@ def spikingjelly_twin(twin: FloatTwin) -> nn.Module:
         def __init__(self, blocks: Sequence[int], widths: Sequence[int]) -> None:
             super().__init__()
             self.input = source.get_submodule("input")  # the same input codes
-            self.stem, self.stem_bn = conv(3, widths[0], 3, 1), bn(widths[0])
+            self.stem, self.stem_bn = conv(config["in_channels"], widths[0], 3, 1), bn(widths[0])
             groups, channels = [], widths[0]
             for place, (depth, width) in enumerate(zip(blocks, widths, strict=True)):
                 group = []

@@ -26,9 +26,10 @@ import experiments
 from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_text
 
-ENGINE_SCHEMA = "mdsnn.bench-engine/1"
+ENGINE_SCHEMA = "mdsnn.bench-engine/2"
 SEEDS_SCHEMA = "mdsnn.digits-seeds/1"
 MIN_ROUNDS = 3
+_GOALS = ("floor", "target", "moonshot")
 README = Path(__file__).resolve().parent.parent / "README.md"
 _LIMIT = 1 << 24
 
@@ -77,9 +78,9 @@ def replace_between(text: str, name: str, body: str) -> str:
 
 
 def engine_tables(document: dict[str, Any]) -> str:
-    """The README's section of a benchmark: a table for each workload, then where and how it was measured.
+    """The README's section of a benchmark: the ratios, a table for each workload, where and how it was measured.
 
-    document  of bench_engine.py, schema mdsnn.bench-engine/1
+    document  of bench_engine.py, schema mdsnn.bench-engine/2
     raises    InputError  for another schema, a --quick run, too few rounds, or a run in which integers differed
     """
     if document.get("schema") != ENGINE_SCHEMA:
@@ -92,32 +93,57 @@ def engine_tables(document: dict[str, Any]) -> str:
     if not document.get("agrees"):
         raise InputError("integers differed in this run; find out why before any speed is shown")
     try:
-        parts = [_workload(document, workload) for workload in document["workloads"]]
+        workloads = document["workloads"]
+        alone = [workload for workload in workloads if len(_columns(workload)) == 1]
+        if len(alone) == 1:
+            alone = []
+        parts = [_ratios(document["ratios"])] if document["ratios"] else []
+        parts += [_workload(document, workload) for workload in workloads if workload not in alone]
+        parts += [_side_by_side(document, alone)] if alone else []
         parts.append(_circumstances(document))
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise InputError(f"a {ENGINE_SCHEMA} document lacks or misuses {fault}") from fault
     return "\n\n".join(parts)
 
 
+def _columns(workload: dict[str, Any]) -> list[tuple[int, int]]:
+    """The (threads, batch) that were timed."""
+    return list(dict.fromkeys((row["threads"], row["batch"]) for row in workload["rows"]))
+
+
+def _column(threads: int, batch: int) -> str:
+    return f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{_ms(row['ms_per_image'])} ({row['spread_percent']:.0f}%)"
+
+
+def _ratios(ratios: list[dict[str, Any]]) -> str:
+    head = "times faster, batch 1, one thread where nothing else is said"
+    rows = [[r["title"], f"**{r['measured']:.2f}**", *(f"{r[key]:g}" for key in _GOALS)] for r in ratios]
+    return markdown([head, "measured", *_GOALS], rows)
+
+
+def _side_by_side(document: dict[str, Any], workloads: list[dict[str, Any]]) -> str:
+    """Workloads timed in one way only, as the columns of one table."""
+    timed = [{row["contender"]: row for row in workload["rows"]} for workload in workloads]
+    names = [name for name in document["contenders"] if any(name in rows for rows in timed)]
+    body = [[document["contenders"][name]["title"], *(_cell(rows.get(name)) for rows in timed)] for name in names]
+    return markdown([_column(*_columns(workloads[0])[0]), *(workload["name"] for workload in workloads)], body)
+
+
 def _workload(document: dict[str, Any], workload: dict[str, Any]) -> str:
     rows = {(row["contender"], row["threads"], row["batch"]): row for row in workload["rows"]}
-    columns = list(dict.fromkeys((threads, batch) for _, threads, batch in rows))
+    columns = _columns(workload)
     names = [name for name in document["contenders"] if any(key[0] == name for key in rows)]
     body = []
     for name in names:
+        timed = [rows.get((name, *column)) for column in columns]
+        known = [row["peak_rss_bytes"] for row in timed if row and row["peak_rss_bytes"] is not None]
         contender = document["contenders"][name]
-        timed = [rows[name, *column] for column in columns]
-        cells = [f"{_ms(row['ms_per_image'])} ({row['spread_percent']:.0f}%)" for row in timed]
-        known = [row["peak_rss_bytes"] for row in timed if row["peak_rss_bytes"] is not None]
-        body.append(
-            [
-                contender["title"],
-                "integers" if contender["integers"] else "float32",
-                *cells,
-                f"{max(known) / 2**20:.0f}" if known else "?",
-            ]
-        )
-    heads = [f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}" for threads, batch in columns]
+        memory = f"{max(known) / 2**20:.0f}" if known else "?"
+        body.append([contender["title"], contender["computes"], *map(_cell, timed), memory])
     densities = [100 * layer["density"] for layer in workload["layers"]]
     check = workload["check"]
     text = (
@@ -126,12 +152,23 @@ def _workload(document: dict[str, Any], workload: dict[str, Any]) -> str:
         " of it; MiB: peak memory of the process while timed, libraries included."
     )
     note = (
-        f"The LIF layers fire in {min(densities):.1f} to {max(densities):.1f} % of their neuron-steps (random weights,"
-        f" calibrated). Before timing, {check['compared']:,} integers (h, s, q, logits) were compared with the NumPy"
-        f" reference: {check['differing']} differ. Rows in float32 are the same architecture with float weights and"
-        " membranes, not the same integers."
+        f"The LIF layers fire in {min(densities):.1f} to {max(densities):.1f} % of their neuron-steps. Before timing,"
+        f" {check['compared']:,} integers (h, s, q, logits) were compared with the NumPy reference:"
+        f" {check['differing']} differ."
     )
-    return f"{text}\n\n{markdown(['', 'computes', *heads, 'MiB'], body)}\n\n{note}"
+    close: dict[str, float] = {}
+    for row in check.get("logits", ()):
+        if "correlation" in row:
+            close[row["computes"]] = min(row["correlation"], close.get(row["computes"], 1.0))
+    if close:
+        found = ", ".join(f"{computes} {value:.3f}" for computes, value in close.items())
+        note += (
+            " Other rows compute the network's float twin, its weight codes and BN slopes with float membranes, whose"
+            f" logits correlate with the integers at {workload['twin_correlation']:.3f}; what is timed correlates with"
+            f" the twin's, or the ANN's, float32 logits at, in the worst case: {found}."
+        )
+    heads = ["", "computes", *(_column(*column) for column in columns), "MiB"]
+    return f"{text}\n\n{markdown(heads, body)}\n\n{note}"
 
 
 def _ms(value: float) -> str:
