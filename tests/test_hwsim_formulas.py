@@ -473,7 +473,7 @@ def test_spikesim_sees_one_group_and_only_kernels_above_1x1() -> None:
     assert (events.c_in, events.dense_pe_cycles) == (70, 60 * 2 * 2)
     assert (events.active_patch_tiles, events.active_output_tile_sites) == (60 * 2, 60 * 2)
     assert events.active_rows_by_tile == (60 * 64 * 6, 60 * 6 * 6)
-    many = spikesim_events(grouped(groups=1, planes=8), none, SPIKESIM)
+    many = spikesim_events(grouped(groups=1, planes=2), none, SPIKESIM)
     assert many.active_rows_by_tile == (60 * 64 * 6, 60 * 64 * 6, 60 * 12 * 6)
 
 
