@@ -52,7 +52,7 @@ train() {
     shift
     [[ -e $save/$name/model.ckpt ]] && return
     if [[ $minutes ]]; then
-        left=(--max-minutes "$(awk -v n="$minutes" -v s=$((SECONDS - started)) 'BEGIN { n -= s / 60; print n > 0.01 ? n : 0.01 }')")
+        left=(--max-minutes "$(awk -v n="$minutes" -v s=$((SECONDS - started)) 'BEGIN { n -= s / 60; print (n > 0.01 ? n : 0.01) }')")
     fi
     echo "== $name" >&2
     mdsnn train "${common[@]}" "$@" "${left[@]}" --save-path "$save/$name" --resume
@@ -68,9 +68,9 @@ train baseline --paper-setting student "${network[@]}" "${guided[@]}"
 train mdsnn --paper-setting qamd --loss CLK "${network[@]}" "${guided[@]}"
 
 for student in baseline mdsnn; do
-    mdsnn export "$save/$student/model.ckpt" -o "$save/$student.mdsnn" --force
+    mdsnn export "$save/$student/model.ckpt" -o "$save/$student.mdsnn" --force >/dev/null
 done
-# the C engine against the frozen torch network on every integer of some images, and alone on the whole test set
+# the C engine against the frozen torch network: every integer of a thousand test images
 mdsnn verify "$save/mdsnn.mdsnn" "${source[@]}" --checkpoint "$save/mdsnn/model.ckpt" --executors native,torch \
     --limit "$([[ $shortened ]] && echo 50 || echo 1000)" --save-dir "$save" --json "$save/verify.json" --force
 "${PYTHON:-python}" "$(dirname "$0")/cifar10_table.py" "$save"
