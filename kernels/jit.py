@@ -72,19 +72,14 @@ _NO_SPIKES = np.zeros((0, 0, 0, 0), np.int8)
 _NO_STATE = np.zeros((0, 0, 0), np.int32)
 
 
-def _njit(function: Callable[..., None]) -> Any:
+def _njit(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, cache=False, error_model="numpy")(function)
-
-
-def _part(function: Callable[..., Any]) -> Any:
-    """Of a kernel: called from Numba only."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
 
 
 # ------------------------------------------------------------------------------------------------ convolutions
 
 
-@_part
+@_njit
 def _list_events(
     x: Array, at: int, pixels: int, pitch: int, ins: int, places: Array, events: Array, starts: Array
 ) -> None:
@@ -105,7 +100,7 @@ def _list_events(
     starts[pixels] = k
 
 
-@_part
+@_njit
 def _list_lines(
     x: Array,
     at: int,
