@@ -33,7 +33,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "versions": document["versions"],
         "precision": document["recipe"]["precision"],
         "runs": runs,
-        "verify": {key: verified[key] for key in ("samples", "executors", "integers", "mismatches") if key in verified},
+        "verify": {key: verified[key] for key in ("samples", "compared", "differing", "agrees")},
     }
 
 
@@ -58,7 +58,11 @@ def markdown(document: dict[str, Any]) -> str:
         cells = [label, run["epochs"], percent(run["live_accuracy"]), percent(run["frozen_accuracy"])]
         cells += [percent(run["spike_rate"]), "" if seconds is None else f"{1000 * seconds:.1f}"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    machine = document["machine"]
+    found, machine = document["verify"], document["machine"]
+    lines += [
+        "",
+        f"{found['differing']} of {found['compared']} integers differ between engines, {found['samples']} images",
+    ]
     lines += [
         "",
         f"{document['data']}; {machine['gpu'] or machine['processor']}; torch {document['versions']['torch']}",
