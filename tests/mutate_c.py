@@ -551,6 +551,7 @@ def document(facts: dict[str, Any]) -> str:
     head = ("where", "original", "mutant")
     parts = [
         "# Mutation score of the C engine\n",
+        "The formulas of the hardware model have a score of their own: [mutation-hwsim.md](mutation-hwsim.md).",
         "Written by `python tests/mutate_c.py --write`; do not edit. " + " ".join(__doc__.split("\n\n")[1].split()),
         f"**Score: {facts['score']:.1f} %** of {counts['killed'] + counts['survived']} mutants "
         f"({counts['killed']} killed, {counts['survived']} survived); {facts['score_with_equivalents']:.1f} % if the "

@@ -80,6 +80,8 @@ def test_a_real_network_of_another_precision_beside(tmp_path: Path) -> None:
     assert measured[DIGITS]["energy_uJ"] == own["energy_uJ"]
     again = document(call(*words, "--activity", kept, "--json"), "mdsnn.report/1")
     assert again["totals"] == rows["totals"]
+    unlike = call(*words, "--activity", kept, "--compare", DIGITS, "--limit", "1")
+    assert f"{DIGITS} was measured on {made.npy}, 1 samples, this network on" in unlike.err
     assert_one_line(call("report", DIGITS, "--activity", kept), 2, str(kept), "not on this one", "measure it again")
     assert_one_line(call(*words, "--chip", "spikesim65", "--compare", DIGITS), 2, "--compare needs model physical")
     assert_one_line(call(*words, "--compare", tmp_path / "none.mdsnn"), 2, "none.mdsnn", "no such file")

@@ -61,7 +61,8 @@ CHIPS: list[dict[str, Any]] = [
     {"crossbar.rows": 5, "cell.bits": 2, "noc.mode": "dense", "noc.distance": "fixed", "tile.crossbars_per_pe": 4},
     {"crossbar.columns": 128, "cell.bits": 1, "adc.bits": 11, "adc.share": 4, "tile.pes": 3},
 ]
-OURS = {"OWN": OWN, "BITS4": BITS4, "BITS8": BITS8, "FP24": FP32_SIGNIFICAND24, "FP32": FP32_BITS32}
+NINE = Precision("nine", 9, 9, True)
+OURS = {"OWN": OWN, "NINE": NINE, "BITS4": BITS4, "BITS8": BITS8, "FP24": FP32_SIGNIFICAND24, "FP32": FP32_BITS32}
 
 
 def planted() -> list[tuple[IntegerNetwork, np.ndarray]]:
@@ -318,6 +319,17 @@ def test_every_entry_of_the_ledgers_of_a_projection(name: str, over: dict[str, A
     described = ms_resnet(18, (2, 16, 16), 2, weight_bits=3, membrane_bits=5)
     rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
     assert_ledgers(described, uniform(described, 0.2, rows=rows, scheme=scheme), chip, OURS[name])
+
+
+@pytest.mark.parametrize("over", CHIPS, ids=range(len(CHIPS)))
+def test_every_entry_where_groups_share_a_crossbar(over: dict[str, Any]) -> None:
+    chip = CHIP.replaced(over)
+    layer = Layer("g", "conv", 12, 8, 4, (1, 2), 1, 0, (6, 6), (6, 5), 4, 1, 0, 1, 3, (), "affine", 424, 0, None)
+    workload = Workload("shared", (layer,), (), (), 3, (12, 6, 6), "events", 0, "")
+    rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
+    assert geometry(layer, 4, CHIP) == (2, 4, 2)
+    for precision in (OWN, BITS8):
+        assert_ledgers(workload, uniform(workload, 0.3, rows=rows, scheme=scheme), chip, precision)
 
 
 def test_the_precisions_are_what_their_names_say() -> None:
