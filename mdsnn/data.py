@@ -259,8 +259,13 @@ def _annotated(folder: Path, labels: tuple[str, ...]) -> list[tuple[int, Path]]:
 
 
 def ncaltech101(data_path: str | os.PathLike[str]) -> Dataset:
-    """N-Caltech101 as 10 frames of 2 x 48 x 48 event counts; see `events.read_ncaltech101`."""
-    train_x, train_y, test_x, test_y, labels = events.read_ncaltech101(data_path)
+    """N-Caltech101 as 10 frames of 2 x 48 x 48 event counts; see `events.read_ncaltech101`.
+
+    data_path  the set's folder, or the one that holds it as N-Caltech101/, as the reference's commands name it
+    """
+    root = Path(data_path)
+    root = root / "N-Caltech101" if (root / "N-Caltech101").is_dir() else root
+    train_x, train_y, test_x, test_y, labels = events.read_ncaltech101(root)
     mean, std = moments(train_x)
     return Dataset(train_x, train_y, test_x, test_y, mean, std, labels, "events", "ncaltech101", flips=True)
 

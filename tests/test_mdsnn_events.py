@@ -222,6 +222,9 @@ def test_ncaltech101_is_the_same_from_recordings_and_from_spikingjellys_frames(r
     assert again.digest() == found.digest()
     np.testing.assert_array_equal(again.test_x, found.test_x)
     assert events.read_ncaltech101(tree)[4] == found.labels
+    (recordings / "root").mkdir()
+    (recordings / "root" / "N-Caltech101").symlink_to(recordings)  # as the reference's commands name the place
+    assert data.load("ncaltech101", recordings / "root").digest() == found.digest()
     one = events.read_frames(tree / "yin_yang" / "image_0003.npz", 10, *events.SENSOR)
     np.testing.assert_array_equal(found.test_x[:, 1], one[..., np.arange(48)[:, None] * 15 // 4, np.arange(48) * 5])
 
