@@ -26,6 +26,7 @@ except ImportError:  # everything here has a definition in torch that runs witho
     numba = None  # type: ignore[assignment]
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 SMALLEST = 1 << 16
 """Tensors of fewer elements are not worth a loop of their own."""
@@ -312,3 +313,42 @@ def round_backward(grad: Tensor, inside: Tensor) -> Tensor:
     flat = inside.as_strided((inside.numel(),), (1,)).numpy()
     _over(grad.numel(), partial(_rounding()[1], rows(_aligned(grad, out))[0], flat, rows(out)[0]))
     return out
+
+
+# ---------------------------------------------------------------------------------------------- weights by Eq. 3
+
+
+@cache
+def _weights() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def peaks(
+        w: npt.NDArray[np.int32], squashed: npt.NDArray[np.int64], begin: int, end: int
+    ) -> tuple[np.int32, np.int64]:
+        largest, widest = np.int32(0), np.int64(0)
+        for i in range(begin, end):
+            largest = max(largest, w[i] & _SIGNLESS)
+            widest = max(widest, squashed[i] & np.int64(0x7FFFFFFFFFFFFFFF))
+        return largest, widest
+
+    def values(squashed: Doubles, out: Floats, alpha: float, levels: float, unit: float, begin: int, end: int) -> None:
+        for i in range(begin, end):
+            out[i] = np.float32(np.rint(squashed[i] / alpha * levels) * unit + 0.0)  # no code is -0
+
+    return _njit(peaks), _njit(values)
+
+
+def weight_values(w: Tensor, levels: int) -> Tensor | None:
+    """alpha * codes / delta of quantizers.quantize_tanh as float32; None if w holds NaN or infinity, or is all 0.
+
+    w       float32 on the CPU, any layout      levels  delta(bits)
+    """
+    w = dense(w.detach().unsqueeze(0))
+    flat, out = rows(w)[0], like(w, 1)
+    squashed = np.tanh(flat.astype(np.float64))
+    peaks, values = _weights()
+    found = _over(len(flat), partial(peaks, flat.view(np.int32), squashed.view(np.int64)))
+    largest = np.array(max(one for one, _ in found), np.int32).view(np.float32)
+    alpha = float(np.array(max(other for _, other in found), np.int64).view(np.float64))
+    if not np.isfinite(largest) or alpha == 0.0:
+        return None
+    _over(len(flat), partial(values, squashed, rows(out)[0], alpha, float(levels), alpha / levels))
+    return out.squeeze(0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mdsnn import loops
 from mdsnn.kernels.formats import Grid
 from mdsnn.layers import LIF
-from mdsnn.quantizers import round_to_grid
+from mdsnn.quantizers import fake_quantize_weight, round_to_grid
 from mdsnn.surrogate import Rectangle, Triangle
 
 
@@ -106,6 +106,30 @@ def test_fused_rounding_is_torchs_bit_for_bit(seed, grid, nan):
             leaf = x.detach().requires_grad_()
             out = round_to_grid(leaf, grid)
             out.backward(upstream)
+            results.append((out, leaf.grad))
+        for got, want, what in zip(*results, ("value", "gradient"), strict=True):
+            assert_same_bits(got, want, f"{order}: {what}")
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), bits=st.integers(2, 8), kind=st.sampled_from(["", "nan", "inf", "zero", "ties"]))
+def test_fused_weights_are_eq_3s_bit_for_bit(seed, bits, kind):
+    generator = torch.Generator().manual_seed(seed)
+    shape = [int(n) for n in torch.randint(1, 9, (4,), generator=generator)]
+    w, g = (torch.randn(shape, generator=generator) * 0.3 for _ in range(2))
+    if kind == "zero":
+        w.zero_()
+    elif kind == "ties":
+        w.copy_(torch.randint(-3, 4, shape, generator=generator) * 1e-3)
+    elif kind:
+        w.view(-1)[0] = float(kind)
+    for order in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for smallest in (1, 1 << 30):
+            loops.SMALLEST = smallest
+            leaf = w.detach().clone(memory_format=order).requires_grad_()
+            out = fake_quantize_weight(leaf, bits)
+            out.backward(g)
             results.append((out, leaf.grad))
         for got, want, what in zip(*results, ("value", "gradient"), strict=True):
             assert_same_bits(got, want, f"{order}: {what}")
