@@ -390,7 +390,17 @@ def with_tests(judging: Any) -> int:
     settings.load_profile("mutation")
     ignored = [f"--deselect={suite}::{name}" for suite in SUITES for name in LEFT_OUT]
     with contextlib.redirect_stdout(io.StringIO()):
-        words = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", *ignored, *SUITES]
+        words = [
+            "-q",
+            "--assert=plain",
+            "--tb=no",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:faulthandler",
+            *ignored,
+            *SUITES,
+        ]
         return int(pytest.main(words, plugins=[Bench(judging)]))
 
 
@@ -462,7 +472,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--files", nargs="*", default=FILES, choices=FILES, help="only mutants of these")
     parser.add_argument("--functions", nargs="*", help="only mutants in these functions, for trials")
     parser.add_argument("--share", default="1/1", metavar="K/N", help="every N-th mutant from the K-th on, for trials")
-    parser.add_argument("--again", action="store_true", help="judge only those that the record says survived")
+    parser.add_argument("--again", action="store_true", help="judge only those that the record does not call killed")
     parser.add_argument("--min", type=float, default=95.0, help="exit status 1 below this score, in percent")
     parser.add_argument("--write", action="store_true", help="write docs/mutation-hwsim.md and its record")
     options = parser.parse_args(arguments)
@@ -485,8 +495,8 @@ def main(arguments: list[str] | None = None) -> int:
         record = json.loads(RECORD.read_text())
         if sum(record["counts"].values()) != len(mutants):
             raise SystemExit("the files have changed since the record was written; run it whole")
-        open_ones = [row for row in record["mutants"] if row["status"] == "survived"]
-        spared = {tuple(row[name] for name in ("file", "line", "kind", "before", "after")) for row in open_ones}
+        names = ("file", "line", "kind", "before", "after")
+        spared = {tuple(row[name] for name in names) for row in record["mutants"]}
 
     def judging(bench: Bench) -> None:
         nonlocal tests
@@ -494,10 +504,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{tests} tests take {sum(bench.seconds.values()):.0f} s; {len(mutants)} mutants")
         for mutant in mutants:
             name = (mutant.file, mutant.line, mutant.kind, mutant.before, mutant.after)
-            if spared is None or name in spared:
-                fate, reason = bench.judge(mutant), ""
-            else:
-                fate, reason = ("survived" if mutant.key in known else "killed"), ""
+            fate, reason = ("killed" if spared is not None and name not in spared else bench.judge(mutant)), ""
             if fate == "survived" and mutant.key in known:
                 fate, reason = "equivalent", known[mutant.key]
             fields = {name: value for name, value in vars(mutant).items() if name != "code"}

@@ -27,6 +27,7 @@ from mdsnn.hwsim.cost import (
     PRECISIONS,
     PRESET_CELL_BITS,
     Precision,
+    Sensitivity,
     SpikeSimLayer,
     ann_workload,
     physical_cost,
@@ -362,6 +363,8 @@ def test_what_a_workload_says_of_a_network(case: int) -> None:
         assert isinstance(node, Conv | Linear | Readout)
         low, high = proof.ranges[node.source]
         summed = isinstance(node, Readout)
+        assert layer.macs == node.weight.size * math.prod(layer.size_out)
+        assert layer.values_in == math.prod(proof.shapes[node.source])
         factor = network.timesteps if summed else 1
         assert (layer.low, layer.high) == (low * factor, high * factor)
         assert layer.steps == (1 if summed or proof.static[node.name] else network.timesteps)
@@ -511,6 +514,12 @@ def test_sensitivity_by_hand() -> None:
             for name in ("energy", "delay", "area", "edap"):
                 assert getattr(row, name)[place] == pytest.approx(getattr(other, name) / getattr(base, name))
         assert row.reach == pytest.approx(max(abs(math.log(ratio)) for ratio in row.edap))
+
+
+def test_a_metric_that_vanishes_has_no_end_of_reach() -> None:
+    ones = (1.0, 1.0)
+    assert Sensitivity("k", ones, ones, ones, (0.0, 1.0)).reach == math.inf
+    assert Sensitivity("k", ones, ones, ones, (0.5, 4.0)).reach == math.log(4)
 
 
 def test_the_ann_beside_it_layer_by_layer() -> None:
