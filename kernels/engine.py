@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -116,8 +117,11 @@ class Backend(Protocol):
 
     name: str
 
-    def run(self, pixels: npt.NDArray[np.uint8], trace: bool) -> Result:
-        """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W]."""
+    def run(self, pixels: npt.NDArray[np.uint8], trace: bool, threads: int = 1) -> Result:
+        """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W].
+
+        threads  how many may share the work of a sample; a backend may use fewer
+        """
         ...
 
     def start(self, samples: int) -> State:
@@ -171,7 +175,7 @@ class NodeBackend:
     def start(self, samples: int) -> State:
         return _NodeState(self, samples)
 
-    def run(self, pixels: npt.NDArray[np.uint8], trace: bool) -> Result:
+    def run(self, pixels: npt.NDArray[np.uint8], trace: bool, threads: int = 1) -> Result:
         samples = pixels.shape[-4]
         state = self.start(samples)
         steps: list[Result] = []
@@ -357,6 +361,19 @@ def choose() -> str:
     return name
 
 
+@functools.cache
+def workers() -> ThreadPoolExecutor:
+    """The threads of this process that take samples, and parts of samples, beside those that call `Engine.run`.
+
+    They are started as they are needed and kept. None of them ever waits for another one's turn.
+    """
+    return ThreadPoolExecutor(1024, thread_name_prefix="mdsnn")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.cache_clear)  # a child has none of its parent's threads
+
+
 def thread_count(threads: int | None = None) -> int:
     """Threads to use: the argument, else MDSNN_THREADS, else the processors this process may use; 1..1024."""
     if threads is None:
@@ -399,7 +416,7 @@ class Engine:
     """A network ready to run. Immutable after construction; calls from several threads are safe.
 
     kernels  "native", "numba" or "reference"; None chooses (see `choose`)
-    threads  how many images run side by side; None: MDSNN_THREADS, else all processors
+    threads  how many work on a run (see `run`); None: MDSNN_THREADS, else all processors
     raises   MissingError  if the chosen kernels are not there
     """
 
@@ -413,25 +430,47 @@ class Engine:
         """Name of the kernels that run."""
         return self._backend.name
 
-    def run(self, pixels: npt.ArrayLike, *, trace: bool = False) -> Result:
-        """Run whole samples from a fresh state.
+    def run(self, pixels: npt.ArrayLike, *, trace: bool = False, threads: int | None = None) -> Result:
+        """Run whole samples from a fresh state. Safe to call from several threads at once.
 
         pixels   uint8 [N, C, H, W] for image coding, [T, N, C, H, W] for events; any memory layout
         trace    also return h, s and q of every LIF node and step (see Trace)
-        raises   InputError  if the pixels do not fit the network
+        threads  for this run, 1..1024; None: the engine's. Never changes a result. Each takes images of its own; where
+                 there are fewer images than threads, several share an image ("native" only)
+        raises   InputError   if the pixels do not fit the network
+                 ConfigError  if `threads` is outside its range
         """
+        threads = self.threads if threads is None else thread_count(threads)
         array = check_pixels(self.network, pixels)
         axis = array.ndim - 4
         samples = array.shape[axis]
-        chunk = max(1, min(_CHUNK, -(-samples // self.threads)))
-        parts = [
-            np.ascontiguousarray(array[(slice(None),) * axis + (slice(at, at + chunk),)])
-            for at in range(0, samples, chunk)
-        ]
-        if len(parts) == 1 or self.threads == 1:
-            return _over_samples([self._backend.run(part, trace) for part in parts])
-        with ThreadPoolExecutor(self.threads) as pool:
-            return _over_samples(list(pool.map(lambda part: self._backend.run(part, trace), parts)))
+        chunk = max(1, min(_CHUNK, -(-samples // threads)))
+        if chunk == samples:
+            return self._backend.run(array, trace, threads if samples == 1 else 1)
+        todo = deque(
+            (number, array[(slice(None),) * axis + (slice(at, at + chunk),)])
+            for number, at in enumerate(range(0, samples, chunk))
+        )
+        done: list[Result | None] = [None] * len(todo)
+        side_by_side = min(threads, len(todo))
+
+        def work() -> None:
+            while todo:
+                try:
+                    number, part = todo.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                done[number] = self._backend.run(np.ascontiguousarray(part), trace, threads // side_by_side)
+
+        others = [workers().submit(work) for _ in range(side_by_side - 1)]
+        try:
+            work()
+        finally:
+            todo.clear()  # after a fault, nothing more is begun
+            for other in others:
+                if not other.cancel():
+                    other.result()
+        return _over_samples([result for result in done if result is not None])
 
     def stream(self, pixels: npt.ArrayLike | None = None, *, samples: int = 1) -> Stream:
         """Start a run that goes on step by step.

@@ -430,7 +430,7 @@ class JitBackend:
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[dict[str, Array]] = deque(maxlen=64)
 
-    def run(self, pixels: npt.NDArray[np.uint8], trace: bool) -> Result:
+    def run(self, pixels: npt.NDArray[np.uint8], trace: bool, threads: int = 1) -> Result:
         """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W]."""
         frames = pixels if pixels.ndim == 5 else pixels[None]
         groups = range(0, frames.shape[1], self._group)

@@ -10,17 +10,20 @@ by side (the GIL is released).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
 import os
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Activity, LifTrace, Result, State, Trace
+from .engine import Activity, LifTrace, Result, State, Trace, workers
 from .errors import ConfigError, MissingError
 from .formats import Array, delta
 from .network import (
@@ -40,12 +43,15 @@ from .network import (
     SumPool,
 )
 
+log = logging.getLogger(__name__)
+
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 8  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 9  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
+_PARTS = 64  # most threads that share a sample
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
 _TABLE = 1 << 16  # largest dense table of membrane codes
 _I8, _I16, _I32 = range(3)  # enum mdsnn_type
@@ -61,6 +67,7 @@ _TILE = 16  # outputs a tile holds
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
 _FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
+_REPORT = "please report it with the output of `mdsnn doctor`"
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
 
 
@@ -77,8 +84,16 @@ def _load() -> tuple[Any, str | None]:
 
 
 def missing() -> str | None:
-    """Why the compiled engine cannot run here, with the line that cures it; None if it can."""
-    return _load()[1]
+    """Why the compiled engine cannot run here, with the line that cures it; None if it can.
+
+    Without MDSNN_ISA, the first call also tries the instruction sets, best first, until one passes its self-test.
+    """
+    reason = _load()[1]
+    if reason is None and not os.environ.get("MDSNN_ISA"):
+        levels = isa_levels()
+        if all(fault(level) is not None for level in reversed(levels)):
+            reason = f"no instruction set passes its self-test ({levels[0]}: {fault(levels[0])}); {_REPORT}"
+    return reason
 
 
 def _module() -> Any:
@@ -94,21 +109,48 @@ def isa_levels() -> tuple[str, ...]:
     return tuple(name for level, name in enumerate(ISA_LEVELS) if lib.mdsnn_supported(level))
 
 
+@functools.cache
+def fault(level: str) -> str | None:
+    """What the self-test of an instruction set finds wrong on this machine; None if nothing. Runs once a process."""
+    from . import selftest
+
+    if level not in isa_levels():  # asking is also what has AMX granted
+        return "this machine cannot run it"
+    return selftest.first_fault(lambda network, pixels: NativeBackend(network, level).run(pixels, True))
+
+
+@functools.cache
+def _fallback(level: str, reason: str, below: str) -> None:
+    log.warning("instruction set %r fails its self-test (%s): %r takes over; %s", level, reason, below, _REPORT)
+
+
 def isa() -> str:
-    """The instruction set in use: MDSNN_ISA if set, else the best this machine can run.
+    """The instruction set in use: MDSNN_ISA if set, else the best this machine can run that passes its self-test.
+
+    Warns once of one that does not pass.
 
     raises  ConfigError   if MDSNN_ISA names no instruction set
-            MissingError  if this machine cannot run the one it names, or the extension is not there
+            MissingError  if this machine cannot run the one it names, if that or every one fails its self-test, or if
+                          the extension is not there
     """
     levels = isa_levels()
     chosen = os.environ.get("MDSNN_ISA")
-    if not chosen:
-        return levels[-1]
-    if chosen not in ISA_LEVELS:
+    if chosen and chosen not in ISA_LEVELS:
         raise ConfigError(f"MDSNN_ISA={chosen!r} is none of {', '.join(ISA_LEVELS)}")
-    if chosen not in levels:
+    if chosen and chosen not in levels:
         raise MissingError(f"MDSNN_ISA={chosen}: this machine runs {', '.join(levels)}; choose one of these")
-    return chosen
+    if chosen:
+        reason = fault(chosen)
+        if reason is not None:
+            raise MissingError(f"MDSNN_ISA={chosen}: it fails its self-test ({reason}); unset it, and {_REPORT}")
+        return chosen
+    for place in reversed(range(len(levels))):
+        reason = fault(levels[place])
+        if reason is None:
+            return levels[place]
+        if place:
+            _fallback(levels[place], reason, levels[place - 1])
+    raise MissingError(f"engine 'native': {missing()}")
 
 
 # ----------------------------------------------------------------------------------------------------- the plan
@@ -137,11 +179,12 @@ class _Value:
 
 @dataclass
 class _Work:
-    """Bytes of scratch that one operation needs while it runs."""
+    """Bytes that one operation needs while it runs: `shared` by all its parts, in scratch, or each part's own."""
 
     bytes: int
     first: int
     last: int
+    shared: bool = False
     offset: int = 0
 
 
@@ -264,13 +307,14 @@ def _buckets(reach: _Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | 
     None where that takes more than 31, or u - base could leave 16 bits.
     """
     thresholds = reach.thresholds
-    if not len(thresholds) or len(np.unique(thresholds)) > _BUCKETS:
+    different = int(np.count_nonzero(np.diff(thresholds))) + 1
+    if not len(thresholds) or different > _BUCKETS:
         return None
     for shift in range(15, -1, -1):
         base = int(thresholds[0]) >> shift << shift
         places = (thresholds - base) >> shift
-        different = len(np.unique(places)) == len(np.unique(thresholds))
-        if not different or int(places[-1]) >= _BUCKETS or reach.lo - base < -(2**15) or reach.hi - base >= 2**15:
+        apart = int(np.count_nonzero(np.diff(places))) + 1 == different
+        if not apart or int(places[-1]) >= _BUCKETS or reach.lo - base < -(2**15) or reach.hi - base >= 2**15:
             continue
         at = np.full(_BUCKETS + 1, 32767)
         at[places] = thresholds
@@ -343,7 +387,10 @@ class _Plan:
             elif isinstance(node, Lif):
                 self._count(node.name)
         self.work = {
-            step.conv.name: [_Work(size, place, place) for size in self._work_sizes(step)]
+            step.conv.name: [
+                _Work(size, place, place, shared=step.method == "tiles" and number == 0)
+                for number, size in enumerate(self._work_sizes(step))
+            ]
             for place, step in self.steps
             if isinstance(step, _Group)
         }
@@ -376,10 +423,19 @@ class _Plan:
             self.values[self.index[name]].counter = self.counters[name]
 
     def _place(self) -> None:
-        """Give every value its offset: kept ones in the state, others in scratch, first fit among those alive."""
-        self.scratch_bytes = 0
+        """Give every value its offset: kept ones in the state, others in scratch, first fit among those alive.
+
+        What a part of an operation needs to itself lies from 0 on, in an area that operations use one after the other.
+        """
+        self.scratch_bytes = self.work_bytes = 0
+        for parts in self.work.values():
+            end = 0
+            for item in parts:
+                if not item.shared:
+                    item.offset, end = end, end + _up(item.bytes)
+            self.work_bytes = max(self.work_bytes, end)
         alive: list[tuple[int, int, int]] = []  # offset, end, last
-        work = [item for items in self.work.values() for item in items]
+        work = [item for items in self.work.values() for item in items if item.shared]
         items: list[_Value | _Work] = [*self.values, *work]
         for value in sorted(items, key=lambda item: item.first):
             size = _up(value.bytes if isinstance(value, _Work) else value.size(self.chunk))
@@ -686,6 +742,7 @@ class _Plan:
                 "counted": self._state(8 * len(self.counters)),
                 "state_bytes": self.state_bytes,
                 "scratch_bytes": self.scratch_bytes,
+                "work_bytes": self.work_bytes,
             },
         )
 
@@ -798,15 +855,16 @@ class NativeBackend:
     """A network ready to run in C. Immutable: calls may run side by side.
 
     network  any IntegerNetwork (building one proved it)
+    level    an instruction set this machine can run; None: `isa()`, the one in use
     raises   MissingError  if the extension is not there, or cannot run what MDSNN_ISA names
              ConfigError   if MDSNN_ISA names no instruction set
     """
 
     name = "native"
 
-    def __init__(self, network: IntegerNetwork) -> None:
+    def __init__(self, network: IntegerNetwork, level: str | None = None) -> None:
         self.network = network
-        self.isa = isa()
+        self.isa = isa() if level is None else level
         """The instruction set in use."""
         self._plan = _Plan(network, ISA_LEVELS.index(self.isa))
         self._neurons = {lif.name: int(np.prod(network.proof.shapes[lif.name])) for lif in network.lifs}
@@ -818,12 +876,13 @@ class NativeBackend:
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[npt.NDArray[np.uint8]] = deque(maxlen=64)
 
-    def run(self, pixels: npt.NDArray[np.uint8], trace: bool) -> Result:
-        """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W]."""
-        plan = self._plan
-        arena = self._take()
+    def run(self, pixels: npt.NDArray[np.uint8], trace: bool, threads: int = 1) -> Result:
+        """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W], each sample by up to `threads` threads."""
+        parts = min(threads, _PARTS)
+        arena = self._take(parts)
         try:
-            return self._call(pixels, self.network.timesteps, True, arena[plan.scratch_bytes :], 0, arena, trace)
+            state = arena[self._plan.scratch_bytes :]
+            return self._call(pixels, self.network.timesteps, True, state, 0, arena, trace, parts)
         finally:
             self._scratch.append(arena)
 
@@ -831,11 +890,15 @@ class NativeBackend:
         """A fresh state, q = 0 everywhere, for `samples` samples."""
         return _NativeState(self, samples)
 
-    def _take(self) -> npt.NDArray[np.uint8]:
-        try:
-            return self._scratch.pop()
-        except IndexError:
-            return _arena(self._plan.scratch_bytes + self._plan.state_bytes)
+    def _take(self, parts: int = 1) -> npt.NDArray[np.uint8]:
+        """An arena: scratch, state, and the work of so many parts."""
+        plan = self._plan
+        size = plan.scratch_bytes + plan.state_bytes + parts * plan.work_bytes
+        with contextlib.suppress(IndexError):
+            arena = self._scratch.pop()
+            if len(arena) >= size:
+                return arena
+        return _arena(size)
 
     def _call(
         self,
@@ -844,8 +907,9 @@ class NativeBackend:
         fresh: bool,
         state: npt.NDArray[np.uint8],
         state_pitch: int,
-        scratch: npt.NDArray[np.uint8],
+        arena: npt.NDArray[np.uint8],
         trace: bool,
+        parts: int = 1,
     ) -> Result:
         plan, ffi, network = self._plan, self._plan.ffi, self.network
         samples = pixels.shape[-4]
@@ -856,7 +920,8 @@ class NativeBackend:
         call.pixel_step = pixels.strides[0] if pixels.ndim == 5 else 0
         call.samples, call.steps, call.fresh, call.state_pitch = samples, steps, int(fresh), state_pitch
         call.state = ffi.cast("uint8_t *", state.ctypes.data)
-        call.scratch = ffi.cast("uint8_t *", scratch.ctypes.data)
+        call.scratch = ffi.cast("uint8_t *", arena.ctypes.data)
+        call.work = call.scratch + plan.scratch_bytes + plan.state_bytes
         call.logits = ffi.cast("int32_t *", logits.ctypes.data)
         call.counts = ffi.cast("int64_t *", counts.ctypes.data)
         lifs: dict[str, LifTrace] = {}
@@ -871,11 +936,21 @@ class NativeBackend:
             s = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", lif.s.ctypes.data) for lif in traced])
             q = ffi.new("int8_t *[]", [ffi.cast("int8_t *", lif.q.ctypes.data) for lif in traced])
             call.trace_h, call.trace_s, call.trace_q = h, s, q
+        helpers = self._help(call, parts) if parts > 1 else []
         plan.lib.mdsnn_run(plan.struct, plan.level, call)
+        for helper in helpers:
+            helper.cancel()  # one that runs finds that the call has ended
         spikes_in = {name: counts[row] for name, row in self._spikes_in}
         spikes_out = {name: counts[row] for name, row in self._spikes_out}
         activity = Activity(samples, self._neurons, spikes_out, spikes_in)
         return Result(logits, activity, Trace(lifs, logits) if trace else None)
+
+    def _help(self, call: Any, parts: int) -> list[Future[None]]:
+        """Send for parts - 1 threads. The call waits for none of them: work that nobody has taken it does itself."""
+        ffi, lib = self._plan.ffi, self._plan.lib
+        team = ffi.new("mdsnn_team *", {"size": parts})
+        call.team = team
+        return [workers().submit(lib.mdsnn_help, team) for _ in range(parts - 1)]
 
 
 class _NativeState:

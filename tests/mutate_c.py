@@ -197,15 +197,22 @@ def wrapper(folder: Path, header: str, source: Path) -> Any:
     from mdsnn.kernels import build_native
 
     ffi = cffi.FFI()
-    ffi.cdef(build_native.contract(header) + "\nvoid mutant_use(void *run, void *supported);")
+    ffi.cdef(build_native.contract(header) + "\nvoid mutant_use(void *run, void *supported, void *help);")
     ffi.set_source(
         MODULE,
         """#include "mdsnn.h"
         static void (*chosen_run)(const mdsnn_plan *, int, const mdsnn_call *);
         static int (*chosen_supported)(int);
-        static void mutant_use(void *run, void *supported) { chosen_run = run; chosen_supported = supported; }
+        static void (*chosen_help)(mdsnn_team *);
+        static void mutant_use(void *run, void *supported, void *help)
+        {
+            chosen_run = run;
+            chosen_supported = supported;
+            chosen_help = help;
+        }
         int mdsnn_supported(int isa) { return chosen_supported(isa); }
-        void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call) { chosen_run(plan, isa, call); }""",
+        void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call) { chosen_run(plan, isa, call); }
+        void mdsnn_help(mdsnn_team *team) { chosen_help(team); }""",
         include_dirs=[str(source)],
     )
     path = ffi.compile(tmpdir=str(folder))
@@ -220,7 +227,8 @@ def wrapper(folder: Path, header: str, source: Path) -> Any:
 def use(module: Any, library: Path) -> None:
     """Make `module` call the engine in `library`."""
     loaded = ctypes.CDLL(str(library))
-    addresses = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in ("mdsnn_run", "mdsnn_supported")]
+    names = ("mdsnn_run", "mdsnn_supported", "mdsnn_help")
+    addresses = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
     module.lib.mutant_use(*(module.ffi.cast("void *", address) for address in addresses))
 
 
@@ -259,11 +267,16 @@ def _compare(got: Any, want: Any, trace: bool = True) -> None:
 
 
 def replay(case: Case, watched: Any) -> None:
-    """Run a case with a trace, without one, and as a stream; raises Different, also for a byte written elsewhere."""
+    """Run a case with a trace, in parts, without a trace, and as a stream.
+
+    raises  Different  for other integers, or a byte written elsewhere
+    """
     from red_zones import strayed
 
     network, pixels, engine = case.engine.network, case.pixels, case.engine
     _compare(engine.run(pixels, trace=True), case.run)
+    engine._backend._scratch.clear()
+    _compare(engine._backend.run(pixels, trace=True, threads=3), case.run)
     engine._backend._scratch.clear()
     _compare(case.apart.run(pixels), case.run, trace=False)
     if strayed(case.apart):

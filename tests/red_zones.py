@@ -86,14 +86,16 @@ def values_apart() -> Iterator[None]:
         return int(offset)
 
     def place(self: Any) -> None:
-        self.scratch_bytes = 0
+        self.scratch_bytes = self.work_bytes = 0
         for value in self.values:
             if value.keep:
                 value.offset = self._state(value.size(self.chunk))
             else:
                 value.offset, self.scratch_bytes = put(self, self.scratch_bytes, value.size(self.chunk), "scratch")
         for work in (item for items in self.work.values() for item in items):
-            work.offset, self.scratch_bytes = put(self, self.scratch_bytes, work.bytes, "scratch")
+            base = "scratch" if work.shared else "work"
+            work.offset, end = put(self, vars(self)[f"{base}_bytes"], work.bytes, base)
+            vars(self)[f"{base}_bytes"] = end
 
     def pointer(self: Any, ctype: str, array: Any, dtype: Any) -> Any:
         packed = np.ascontiguousarray(array, dtype=dtype)
@@ -114,7 +116,8 @@ def strayed(engine: Any) -> bool:
     """
     plan, arena = engine._backend._plan, engine._backend._scratch.pop()
     free = np.ones(len(arena), bool)
+    areas = {"scratch": 0, "state": plan.scratch_bytes, "work": plan.scratch_bytes + plan.state_bytes}
     for base, offset, size in plan.owned:
-        begin = offset + (plan.scratch_bytes if base == "state" else 0)
+        begin = offset + areas[base]
         free[begin : begin + size] = False
     return bool((arena[free] != PATTERN).any())

@@ -2,8 +2,8 @@
 
 Compiles the same sources with the sanitizers and warnings as errors, then replays planted networks in it, every
 instruction set of this machine, comparing whole traces with the reference. Any report ends the process with a status
-that is not 0. `--thread` does the same with ThreadSanitizer and 8 threads on one network. Needs gcc. Not a test file:
-sanitizers must be loaded before Python, so this script runs itself again under LD_PRELOAD.
+that is not 0. `--thread` does the same with ThreadSanitizer, 8 threads on one network and 3 on one sample. Needs gcc.
+Not a test file: sanitizers must be loaded before Python, so this script runs itself again under LD_PRELOAD.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ def replay(path: str, networks: int, thread: bool) -> None:
             engine = Engine(network, "native", 1)
             if thread:
                 with ThreadPoolExecutor(8) as pool:
-                    results = list(pool.map(lambda _: engine.run(pixels, trace=True), range(8)))  # noqa: B023
+                    alone = [pool.submit(engine.run, pixels, trace=True) for _ in range(8)]
+                    shared = [pool.submit(engine._backend.run, pixels, True, 3) for _ in range(4)]
+                    results = [task.result() for task in (*alone, *shared)]
             else:
-                results = [engine.run(pixels, trace=True)]
+                results = [engine.run(pixels, trace=True), engine._backend.run(pixels, True, 3)]
                 engine.run(pixels)
                 images = network.input.coding == "image"
                 stream = engine.stream(pixels) if images else engine.stream(samples=pixels.shape[1])

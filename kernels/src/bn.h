@@ -17,7 +17,7 @@ static void STREAM_NAME(bn_affine)(const frame *f, const mdsnn_op *op)
     view in = view_of(f, op->source), out = view_of(f, op->out);
     int steps = steps_of(f, op), channels = out.channels;
     int32_t limit = op->saturation;
-    for (int y = 0; y < out.height; y++)
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
         for (int x = 0; x < out.width; x++)
             for (int t = 0; t < steps; t++) {
                 const int32_t *acc = (const int32_t *)in.at + y * in.row + x * in.pixel + t * in.step;
@@ -41,7 +41,7 @@ static void STREAM_NAME(bn_dense)(const frame *f, const mdsnn_op *op)
 {
     view in = view_of(f, op->source), out = view_of(f, op->out);
     int steps = steps_of(f, op), channels = out.channels;
-    for (int y = 0; y < out.height; y++)
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
         for (int x = 0; x < out.width; x++)
             for (int t = 0; t < steps; t++) {
                 const int32_t *acc = (const int32_t *)in.at + y * in.row + x * in.pixel + t * in.step;

@@ -14,7 +14,7 @@
         int steps = steps_of(f, op), groups = op->groups;                                                            \
         int ins = in.channels / groups, outs = out.channels / groups;                                                \
         ptrdiff_t tap_size = (ptrdiff_t)ins * outs;                                                                  \
-        for (int y = 0; y < out.height; y++)                                                                         \
+        for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)                             \
             for (int x = 0; x < out.width; x++) {                                                                    \
                 int32_t *acc = (int32_t *)out.at + y * out.row + x * out.pixel;                                      \
                 for (int t = 0; t < steps; t++)                                                                      \

@@ -1,22 +1,47 @@
-/* fused.h: a convolution and what follows it, a band of output rows at a time. */
+/* fused.h: a convolution and what follows it, a band of output rows at a time.
+ *
+ * An operation in parts: each takes some rows, or, where there are few, some blocks of outputs.
+ */
+
+/* Whether parts take rows. */
+static inline int NAME(parts_are_rows)(const frame *f, int height) { return f->parts == 1 || height >= f->parts; }
+
+/* Rows first..end and blocks of outputs first..end of this part. */
+typedef struct NAME(share) {
+    int y, end_y, out, end_out;
+} NAME(share);
+
+static inline NAME(share) NAME(share_of)(const frame *f, int height, int outs)
+{
+    NAME(share) s = {0, height, 0, outs};
+    if (NAME(parts_are_rows)(f, height)) {
+        s.y = first_of(f, height);
+        s.end_y = end_of(f, height);
+    } else {
+        s.out = first_of(f, outs);
+        s.end_out = end_of(f, outs);
+    }
+    return s;
+}
 
 static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     NAME(events) e = NAME(events_prepare)(op, &in, to.channels, to.width, steps_of(f, op));
-    uint8_t *lists = f->call->scratch + op->work_input, *sums = f->call->scratch + op->work_sums;
-    uint32_t *starts = (uint32_t *)(f->call->scratch + op->work_starts);
+    uint8_t *lists = f->work + op->work_input, *sums = f->work + op->work_sums;
+    uint32_t *starts = (uint32_t *)(f->work + op->work_starts);
     int wide = op->method == MDSNN_EVENTS_32;
     ptrdiff_t starts_slab = (ptrdiff_t)e.steps * in.width + 1, starts_row = starts_slab * e.slabs;
     ptrdiff_t window = (ptrdiff_t)e.steps * BLOCK * (wide ? 4 : 2), sums_row = e.across * window; /* bytes */
     ptrdiff_t weights = NAME(slab_weights)(op, e.slabs);
-    int16_t *y_row = (int16_t *)(f->call->scratch + op->work_y);
-    for (int y = 0; y < to.height; y += op->band) {
-        int rows = to.height - y < op->band ? to.height - y : op->band;
+    int16_t *y_row = (int16_t *)(f->work + op->work_y);
+    NAME(share) part = NAME(share_of)(f, to.height, e.outs);
+    for (int y = part.y; y < part.end_y; y += op->band) {
+        int rows = part.end_y - y < op->band ? part.end_y - y : op->band;
         uint8_t *end = lists;
         for (int r = 0; r < rows; r++)
             end = NAME(list_row)(f, op, &in, &e, y + r, lists, end, starts + r * starts_row, starts_slab);
-        for (int o = 0; o < e.outs; o++) {
+        for (int o = part.out; o < part.end_out; o++) {
             memset(sums, 0, (size_t)(sums_row * rows));
             for (int i = 0; i < e.slabs; i++)
                 for (int r = 0; r < rows; r++)
@@ -32,12 +57,13 @@ static void NAME(fused_pairs)(const frame *f, const mdsnn_op *op, const NAME(lif
 {
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int steps = steps_of(f, op), outs = (to.channels + BLOCK - 1) / BLOCK, rows = to.width * steps;
-    int16_t *columns = (int16_t *)(f->call->scratch + op->work_input);
-    int32_t *sums = (int32_t *)(f->call->scratch + op->work_sums);
-    int16_t *y_row = (int16_t *)(f->call->scratch + op->work_y);
-    for (int y = 0; y < to.height; y++) {
+    int16_t *columns = (int16_t *)(f->work + op->work_input);
+    int32_t *sums = (int32_t *)(f->work + op->work_sums);
+    int16_t *y_row = (int16_t *)(f->work + op->work_y);
+    NAME(share) part = NAME(share_of)(f, to.height, outs);
+    for (int y = part.y; y < part.end_y; y++) {
         NAME(pairs_columns)(op, &in, steps, y, to.width, columns);
-        for (int o = 0; o < outs; o++) {
+        for (int o = part.out; o < part.end_out; o++) {
             NAME(pairs_row)(columns, rows, op->depth, op->weight + (ptrdiff_t)o * op->depth * BLOCK * 2, sums);
             NAME(epilogue)(f, op, k, sums, 1, y_row, y, 0, to.width, o);
         }
@@ -49,8 +75,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
 {
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int steps = steps_of(f, op), outs = (to.channels + BLOCK - 1) / BLOCK;
-    int32_t *sums = (int32_t *)(f->call->scratch + op->work_sums);
-    int16_t *y_row = (int16_t *)(f->call->scratch + op->work_y);
+    int32_t *sums = (int32_t *)(f->work + op->work_sums);
+    int16_t *y_row = (int16_t *)(f->work + op->work_y);
     NAME(tiles) g = NAME(tiles_prepare)(op, &in, to.width, steps, f->call->scratch + op->work_input);
     for (int y = 0; y < to.height; y += op->band) {
         int rows = to.height - y < op->band ? to.height - y : op->band;
@@ -62,6 +88,16 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     }
 }
 #endif
+
+/* How many parts a fused operation is cut into. */
+static int NAME(fused_parts)(const frame *f, const mdsnn_op *op)
+{
+    const mdsnn_value *to = &f->plan->values[op->fire ? op->fire->out : op->out];
+    int size = f->call->team ? f->call->team->size : 1, outs = (to->channels + BLOCK - 1) / BLOCK;
+    if (op->method == MDSNN_TILES)
+        return 1;
+    return to->height >= size || to->height >= outs ? (to->height < size ? to->height : size) : outs < size ? outs : size;
+}
 
 static void NAME(fused)(const frame *f, const mdsnn_op *op)
 {

@@ -294,7 +294,7 @@ static void STREAM_NAME(lif)(const frame *f, const mdsnn_op *op)
     STREAM_NAME(lif_constants) k;
     STREAM_NAME(lif_prepare)(op, &k);
     ptrdiff_t plane = (ptrdiff_t)out.height * out.width;
-    for (int y = 0; y < out.height; y++) {
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++) {
         ptrdiff_t at = (ptrdiff_t)y * out.width;
         STREAM_NAME(lif_row)(f, op, &k, (const STREAM *)in.at + y * in.row, in.pixel, in.step,
                              out.at + y * out.row, out.pixel, out.step,

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 8 };
+enum mdsnn_version { MDSNN_CONTRACT = 9 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -106,7 +106,7 @@ typedef struct mdsnn_op {
     int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4 */
     int32_t band;          /* output rows worked on at a time */
     int32_t depth;         /* pairs: inputs under a window, even */
-    int64_t work_input;    /* bytes into scratch: the lists of spikes, or the input as the method wants it */
+    int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch */
     int64_t work_starts;   /* where each column of a list begins */
     int64_t work_sums, work_y;
     int64_t state;         /* lif: bytes into the state, q [y][x][channels] int8;  readout: the sums, int32 */
@@ -124,7 +124,17 @@ typedef struct mdsnn_plan {
     const uint8_t *bits;   /* [256][8]: the place of each bit that is set in a byte, lowest first; [256]: their number */
     int64_t counted;       /* bytes into the state: counts of the fixed values, int64 [counters] */
     int64_t state_bytes, scratch_bytes;
+    int64_t work_bytes;    /* what one part of an operation needs to itself */
 } mdsnn_plan;
+
+/* Threads that share the work of a call: the one that runs it and any that mdsnn_help finds in time. All zero, but for
+ * `size`, before the call; a team serves one call. */
+typedef struct mdsnn_team {
+    int32_t size;    /* most parts an operation is cut into; the call's `work` holds as many */
+    int32_t done;    /* parts of the operation that are finished */
+    uint64_t ticket; /* number of the operation, how many parts it has, and the next one to take: 32, 16, 16 bits */
+    const void *job;
+} mdsnn_team;
 
 /* One call: `steps` timesteps of `samples` samples. */
 typedef struct mdsnn_call {
@@ -135,6 +145,8 @@ typedef struct mdsnn_call {
     int64_t state_pitch;   /* bytes from one sample's state to the next; 0: one state serves all, each fresh */
     uint8_t *state;        /* 64-byte aligned, as is scratch */
     uint8_t *scratch;
+    uint8_t *work;         /* work_bytes for each part, 64-byte aligned */
+    mdsnn_team *team;      /* null: nobody helps */
     int32_t *logits;       /* [samples][classes] */
     int64_t *counts;       /* [counters][steps], added to */
     int32_t *const *trace_h; /* a pointer for each LIF, [steps][samples][c][y][x]; null: no trace */
@@ -148,5 +160,9 @@ int mdsnn_supported(int isa);
 /* Run a call. `isa` must be supported. Re-entrant: the plan is read only. */
 void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call);
 
+/* Take parts of the operations of the call that `team` belongs to, until it ends; at once if it has ended. For any
+ * number of threads; nobody waits for one that comes late or never. Of what the call points to, only the team is read
+ * after the call has ended. */
+void mdsnn_help(mdsnn_team *team);
 
 #endif

@@ -1,26 +1,41 @@
 /* pass.h: one pass over a plan's operations, in order: some steps of one sample. */
 
+/* Parts to cut an operation, or the count of a value, into. */
+static int NAME(parts_of)(const frame *f, int rows)
+{
+    const mdsnn_team *team = f->call->team;
+    return !team || rows < 2 ? 1 : team->size < rows ? team->size : rows;
+}
+
+/* Counts this part's rows of an operation's result; of a fixed one, into the state. */
+static void NAME(count_part)(const frame *f, const mdsnn_op *op, int what)
+{
+    const mdsnn_value *v = &f->plan->values[op->out];
+    (void)what;
+    if (v->fixed)
+        NAME(count)(f, op->out, (int64_t *)(f->state + f->plan->counted) + v->counter);
+    else
+        NAME(count)(f, op->out, f->call->counts + (ptrdiff_t)v->counter * f->call->steps + f->first_step);
+}
+
 static void NAME(count_out)(const frame *f, const mdsnn_op *op)
 {
     const mdsnn_value *v = &f->plan->values[op->out];
     if (v->counter < 0)
         return;
-    int64_t *counts = f->call->counts + (ptrdiff_t)v->counter * f->call->steps + f->first_step;
-    if (!v->fixed) {
-        NAME(count)(f, op->out, counts);
-        return;
-    }
     int64_t *kept = (int64_t *)(f->state + f->plan->counted) + v->counter;
-    if (f->fresh) {
+    if (v->fixed && f->fresh)
         *kept = 0;
-        NAME(count)(f, op->out, kept);
-    }
-    for (int t = 0; t < f->steps; t++)
-        counts[t] += *kept;
+    if (!v->fixed || f->fresh)
+        mdsnn_share(f, op, 0, NAME(parts_of)(f, v->height), NAME(count_part));
+    if (v->fixed)
+        for (int t = 0; t < f->steps; t++)
+            f->call->counts[(ptrdiff_t)v->counter * f->call->steps + f->first_step + t] += *kept;
 }
 
-static void NAME(run_op)(const frame *f, const mdsnn_op *op)
+static void NAME(run_part)(const frame *f, const mdsnn_op *op, int what)
 {
+    (void)what;
     int narrow = f->plan->stream_type == MDSNN_I16;
     switch (op->kind) {
     case MDSNN_INPUT:
@@ -59,6 +74,16 @@ static void NAME(run_op)(const frame *f, const mdsnn_op *op)
     default:
         NAME(readout)(f, op);
     }
+}
+
+static void NAME(run_op)(const frame *f, const mdsnn_op *op)
+{
+    int parts = 1;
+    if (op->kind == MDSNN_FUSED)
+        parts = NAME(fused_parts)(f, op);
+    else if (op->kind != MDSNN_FLATTEN && op->kind != MDSNN_READOUT)
+        parts = NAME(parts_of)(f, f->plan->values[op->out].height);
+    mdsnn_share(f, op, 0, parts, NAME(run_part));
 }
 
 void NAME(mdsnn_pass)(const frame *f);

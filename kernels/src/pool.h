@@ -8,7 +8,7 @@ static void NAME(max_pool)(const frame *f, const mdsnn_op *op)
 {
     view in = view_of(f, op->source), out = view_of(f, op->out);
     int steps = steps_of(f, op);
-    for (int y = 0; y < out.height; y++)
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
         for (int x = 0; x < out.width; x++)
             for (int t = 0; t < steps; t++) {
                 uint8_t *to = out.at + y * out.row + x * out.pixel + t * out.step;
@@ -34,7 +34,7 @@ static void NAME(max_pool)(const frame *f, const mdsnn_op *op)
     {                                                                                                                \
         view in = view_of(f, op->source), out = view_of(f, op->out);                                                 \
         int steps = steps_of(f, op);                                                                                 \
-        for (int y = 0; y < out.height; y++)                                                                         \
+        for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)                             \
             for (int x = 0; x < out.width; x++)                                                                      \
                 for (int t = 0; t < steps; t++) {                                                                    \
                     TO *to = (TO *)out.at + y * out.row + x * out.pixel + t * out.step;                              \
@@ -114,19 +114,20 @@ static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t
     return there;
 }
 
-/* Adds the count of each step to `counts`; a fixed value has one. */
+/* Adds the count of each step, of this part's rows, to `counts`; a fixed value has one. Parts may count at once. */
 static void NAME(count)(const frame *f, int index, int64_t *counts)
 {
     view v = view_of(f, index);
     int steps = v.step ? f->steps : 1;
-    ptrdiff_t pixels = (ptrdiff_t)v.height * v.width;
+    ptrdiff_t first = (ptrdiff_t)first_of(f, v.height) * v.width, end = (ptrdiff_t)end_of(f, v.height) * v.width;
     for (int t = 0; t < steps; t++) {
-        if (v.type == MDSNN_I8) {
-            counts[t] += NAME(count_bytes)(v.at + t * v.step, v.pixel, pixels, v.channels);
-            continue;
-        }
-        for (ptrdiff_t p = 0; p < pixels; p++)
-            for (int c = 0; c < v.channels; c++)
-                counts[t] += ((const int32_t *)v.at)[p * v.pixel + t * v.step + c] != 0;
+        int64_t there = 0;
+        if (v.type == MDSNN_I8)
+            there = NAME(count_bytes)(v.at + first * v.pixel + t * v.step, v.pixel, end - first, v.channels);
+        else
+            for (ptrdiff_t p = first; p < end; p++)
+                for (int c = 0; c < v.channels; c++)
+                    there += ((const int32_t *)v.at)[p * v.pixel + t * v.step + c] != 0;
+        __atomic_fetch_add(&counts[t], there, __ATOMIC_RELAXED);
     }
 }

@@ -10,7 +10,7 @@ static void STREAM_NAME(add)(const frame *f, const mdsnn_op *op)
 {
     view a = view_of(f, op->source), b = view_of(f, op->other), out = view_of(f, op->out);
     int steps = steps_of(f, op), channels = out.channels;
-    for (int y = 0; y < out.height; y++)
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
         for (int x = 0; x < out.width; x++)
             for (int t = 0; t < steps; t++) {
                 const STREAM *left = (const STREAM *)a.at + y * a.row + x * a.pixel + t * a.step;
@@ -26,7 +26,7 @@ static void STREAM_NAME(requantize)(const frame *f, const mdsnn_op *op)
     view in = view_of(f, op->source), out = view_of(f, op->out);
     int steps = steps_of(f, op), channels = out.channels, shift = op->bits_shift;
     int32_t half = 1 << (shift - 1), top = op->top;
-    for (int y = 0; y < out.height; y++)
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
         for (int x = 0; x < out.width; x++)
             for (int t = 0; t < steps; t++) {
                 const STREAM *from = (const STREAM *)in.at + y * in.row + x * in.pixel + t * in.step;

@@ -6,6 +6,9 @@
 
 #include "view.h"
 
+#if !defined(_WIN32)
+#include <sched.h>
+#endif
 #if defined(MDSNN_X86)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -57,6 +60,90 @@ int mdsnn_supported(int isa)
     return 0;
 }
 
+/* One operation to share; lies on the stack of the thread that runs the call, and is read by who has taken a part. */
+typedef struct job {
+    const frame *f;
+    const mdsnn_op *op;
+    int what, parts;
+    part_run run;
+} job;
+
+#define CLOSED UINT64_MAX /* a ticket after the call */
+
+static void relax(unsigned *idle)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+#if !defined(_WIN32)
+    if (++*idle % 1024 == 0)
+        sched_yield(); /* more threads than processors, perhaps */
+#else
+    (void)idle;
+#endif
+}
+
+static void do_part(const job *j, int part)
+{
+    frame mine = *j->f;
+    mine.part = part;
+    mine.parts = j->parts;
+    mine.work = mine.call->work + part * mine.plan->work_bytes;
+    j->run(&mine, j->op, j->what);
+}
+
+/* Takes a part of the team's job and does it. 0 if there was none to take. */
+static int take_part(mdsnn_team *team, uint64_t ticket)
+{
+    int part = (int)(ticket & 0xFFFF), parts = (int)(ticket >> 16 & 0xFFFF);
+    if (part >= parts ||
+        !__atomic_compare_exchange_n(&team->ticket, &ticket, ticket + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return 0;
+    do_part((const job *)team->job, part);
+    __atomic_fetch_add(&team->done, 1, __ATOMIC_RELEASE);
+    return 1;
+}
+
+void mdsnn_share(const frame *f, const mdsnn_op *op, int what, int parts, part_run run)
+{
+    mdsnn_team *team = f->call->team;
+    job j = {f, op, what, parts, run};
+    unsigned idle = 0;
+    if (!team || parts < 2) {
+        j.parts = 1;
+        do_part(&j, 0);
+        return;
+    }
+    uint64_t number = (__atomic_load_n(&team->ticket, __ATOMIC_RELAXED) >> 32) + 1;
+    team->job = &j;
+    __atomic_store_n(&team->done, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&team->ticket, number << 32 | (uint64_t)parts << 16, __ATOMIC_RELEASE);
+    for (;;) {
+        uint64_t ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
+        if ((ticket & 0xFFFF) >= (uint64_t)parts)
+            break;
+        take_part(team, ticket);
+    }
+    while (__atomic_load_n(&team->done, __ATOMIC_ACQUIRE) != parts)
+        relax(&idle);
+}
+
+void mdsnn_help(mdsnn_team *team)
+{
+    unsigned idle = 0;
+    for (;;) {
+        uint64_t ticket = __atomic_load_n(&team->ticket, __ATOMIC_ACQUIRE);
+        if (ticket == CLOSED)
+            return;
+        if (take_part(team, ticket))
+            idle = 0;
+        else
+            relax(&idle);
+    }
+}
+
 void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call)
 {
     void (*pass)(const frame *) = mdsnn_pass_base;
@@ -83,6 +170,11 @@ void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call)
             f.steps = call->steps - first < plan->chunk ? call->steps - first : plan->chunk;
             f.fresh = call->fresh && first == 0;
             f.keep = call->state_pitch != 0 || first + f.steps < call->steps;
+            f.work = call->work;
+            f.part = 0;
+            f.parts = 1;
             pass(&f);
         }
+    if (call->team)
+        __atomic_store_n(&call->team->ticket, CLOSED, __ATOMIC_RELEASE);
 }

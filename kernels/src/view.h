@@ -40,7 +40,13 @@ typedef struct frame {
     int sample, first_step, steps;
     int fresh; /* 1: nothing was run of this sample before */
     int keep;  /* 1: the state is read again after this pass */
+    uint8_t *work;   /* this part's own */
+    int part, parts; /* which part of an operation this thread does, of how many */
 } frame;
+
+/* Of `count` rows (or blocks), those of a frame's part: first_of(f, count) up to end_of(f, count). */
+static inline int first_of(const frame *f, int count) { return (int)((int64_t)count * f->part / f->parts); }
+static inline int end_of(const frame *f, int count) { return (int)((int64_t)count * (f->part + 1) / f->parts); }
 
 static inline view view_of(const frame *f, int index)
 {
@@ -58,6 +64,12 @@ static inline view view_of(const frame *f, int index)
     w.type = v->type;
     return w;
 }
+
+/* What a thread does of an operation: `what` is the kernels' own business. */
+typedef void (*part_run)(const frame *f, const mdsnn_op *op, int what);
+
+/* Do all parts of an operation, with the help of the call's team if there is one. Returns when all are done. */
+void mdsnn_share(const frame *f, const mdsnn_op *op, int what, int parts, part_run run);
 
 /* Steps an operation computes: 1 where all it reads is fixed. */
 static inline int steps_of(const frame *f, const mdsnn_op *op) { return op->fixed ? 1 : f->steps; }
