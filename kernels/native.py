@@ -56,7 +56,6 @@ _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
 _TABLE = 1 << 16  # largest dense table of membrane codes
 _I8, _I16, _I32 = range(3)  # enum mdsnn_type
 _BLOCK = 64  # channels a fused convolution takes at a time
-_FEW = 16  # below so many channels a block would be mostly empty
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
 _BAND_BYTES = 1 << 16  # sums of a band of events
@@ -190,7 +189,10 @@ class _Work:
 
 @dataclass
 class _Group:
-    """A convolution to run in one operation with its bn, a residual add and a LIF, at the place of `nodes[place]`."""
+    """A convolution to run in one operation with its bn, a residual add and a LIF, at the place of `nodes[place]`.
+
+    A linear layer is a 1x1 convolution here.
+    """
 
     conv: Conv
     method: str  # events, pairs or tiles
@@ -216,9 +218,10 @@ def _groups(network: IntegerNetwork, isa_level: str, chunk: int) -> list[_Group]
         for source in node.inputs:
             readers[source].append(node)
     groups: dict[str, _Group] = {}
-    for conv in network.nodes:
-        if not isinstance(conv, Conv) or len(readers[conv.name]) > 1:
+    for node in network.nodes:
+        if not isinstance(node, Conv | Linear) or len(readers[node.name]) > 1:
             continue
+        conv = node if isinstance(node, Conv) else _as_conv(node)
         method = _method(network, conv, isa_level, chunk)
         if method is not None:
             bn = readers[conv.name][0]
@@ -241,22 +244,22 @@ def _groups(network: IntegerNetwork, isa_level: str, chunk: int) -> list[_Group]
     return list(groups.values())
 
 
+def _as_conv(linear: Linear) -> Conv:
+    return Conv(linear.name, linear.source, linear.weight[:, :, None, None], linear.bits)
+
+
 def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> str | None:
     """How to run a convolution in blocks of 64 channels; None where only the plain kernel fits."""
     proof = network.proof
-    c_out, c_in, kh, kw = conv.weight.shape
-    if (
-        conv.groups > 1
-        or c_out < _FEW
-        or not -128 <= proof.ranges[conv.source][0] <= proof.ranges[conv.source][1] <= 127
-    ):
+    _, c_in, kh, kw = conv.weight.shape
+    if conv.groups > 1 or not -128 <= proof.ranges[conv.source][0] <= proof.ranges[conv.source][1] <= 127:
         return None
     _, height, width = proof.shapes[conv.source]
     steps = 1 if proof.static[conv.name] else chunk
     copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * _up(c_in)
     if isa_level == "amx" and copied <= _INPUT_BYTES:
         return "tiles"
-    if proof.kinds[conv.source] == "spikes" and c_in >= _FEW and _list_bytes(conv, width, steps) <= _INPUT_BYTES:
+    if proof.kinds[conv.source] == "spikes" and _list_bytes(conv, width, steps) <= _INPUT_BYTES:
         return "events"
     return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None
 
@@ -405,7 +408,7 @@ class _Plan:
     def _value(self, node: Node, place: int) -> None:
         proof = self.network.proof
         shape, kind = proof.shapes[node.name], proof.kinds[node.name]
-        blocks = kind in ("stream", "spikes") and shape[0] >= _FEW
+        blocks = kind in ("stream", "spikes")
         pitch = -(-shape[0] // _BLOCK) * _BLOCK if blocks else shape[0]
         self.index[node.name] = len(self.values)
         self.values.append(_Value(node.name, shape, self._type(node), pitch, proof.static[node.name], place, place))
