@@ -43,6 +43,7 @@ from mdsnn.hwsim.mapping import (
     Floorplan,
     Layer,
     Workload,
+    _entry_bits,
     floorplan,
     from_network,
     input_planes,
@@ -414,6 +415,14 @@ def test_what_a_workload_says_of_a_network(case: int) -> None:
 )
 def test_input_planes(low: int, high: int, planes: int) -> None:
     assert input_planes(low, high) == planes
+
+
+@pytest.mark.parametrize(
+    ("values", "bits"),
+    [([], 8), ([-128, 127], 8), ([128], 16), ([-129, 5], 16), ([-32768], 16), ([5, 32768], 32), ([-(2**31)], 32)],
+)
+def test_the_width_of_a_table(values: list[int], bits: int) -> None:
+    assert _entry_bits(np.array(values, np.int64)) == bits
 
 
 def test_places_and_hops_on_a_small_grid() -> None:
