@@ -35,7 +35,7 @@ from mdsnn.data import digits
 from mdsnn.kernels.errors import TrainingError
 from mdsnn.recipe import recipe
 rank = int(os.environ["RANK"])
-data = dataclasses.replace(digits(), train_x=digits().train_x[:60], train_y=digits().train_y[:60])
+data = dataclasses.replace(digits(), train_x=digits().train_x[:61], train_y=digits().train_y[:61])
 loop = train._Run.loop
 weights = {}
 def watched(run, *rest):
@@ -137,7 +137,7 @@ def test_a_nan_in_one_process_stops_both_with_its_place(both: tuple[Path, list[d
 def test_two_processes_compute_what_one_would(both: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     folder, (first, _) = both
     whole = digits()
-    data = dataclasses.replace(whole, train_x=whole.train_x[:60], train_y=whole.train_y[:60])
+    data = dataclasses.replace(whole, train_x=whole.train_x[:61], train_y=whole.train_y[:61])
     alone = train.train(recipe(save_path=tmp_path, **EXACT, freeze_epochs=2), data=data)
     theirs = checkpoint.load(folder / "plain" / "model.ckpt").group("model")
     for name, array in checkpoint.load(alone.checkpoint).group("model").items():
