@@ -71,7 +71,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         model = self.make(weight_bits=self.bits, membrane_bits=self.bits, bn_bits=8, generator=generator, **options)
         rng = np.random.default_rng([seed, 1])
-        few = max(2, min(16, (64 * 64 * 4) // (options["size"][0] ** 2 * options["timesteps"] // 4 + 1)))
+        few = max(2, min(8, 16_384 // (options["size"][0] ** 2 * options["timesteps"] // 4)))  # images to calibrate on
         calibrate(model, _pixels(options, few, rng), density, seed=seed)
         network = lower(freeze(model))
         return network, _pixels(options, self.batch, rng)

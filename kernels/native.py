@@ -63,6 +63,7 @@ _SUM_BYTES = 1 << 17  # sums of a band of tiles
 _COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
 _INPUT_BYTES = 1 << 28  # largest input copied for tiles, or lists of one row: beyond, another method
 _TILE = 16  # outputs a tile holds
+_FILLED = 0.25  # tiles of spikes that are no fuller are slower than lists
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
 _FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
@@ -82,12 +83,17 @@ def _load() -> tuple[Any, str | None]:
     return module, None
 
 
+def unloaded() -> str | None:
+    """Why the compiled extension is not there, with the line that cures it; None if it is. Tries nothing."""
+    return _load()[1]
+
+
 def missing() -> str | None:
     """Why the compiled engine cannot run here, with the line that cures it; None if it can.
 
     Without MDSNN_ISA, the first call also tries the instruction sets, best first, until one passes its self-test.
     """
-    reason = _load()[1]
+    reason = unloaded()
     if reason is None and not os.environ.get("MDSNN_ISA"):
         levels = isa_levels()
         if all(fault(level) is not None for level in reversed(levels)):
@@ -257,9 +263,12 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
     _, height, width = proof.shapes[conv.source]
     steps = 1 if proof.static[conv.name] else chunk
     copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * _up(c_in)
-    if isa_level == "amx" and copied <= _INPUT_BYTES:
+    events = proof.kinds[conv.source] == "spikes" and _list_bytes(conv, width, steps) <= _INPUT_BYTES
+    rows = proof.shapes[conv.name][2] * steps  # of tiles, for a row of outputs
+    empty = rows <= _FILLED * (-(-rows // _TILE) * _TILE)
+    if isa_level == "amx" and copied <= _INPUT_BYTES and not (events and empty):
         return "tiles"
-    if proof.kinds[conv.source] == "spikes" and _list_bytes(conv, width, steps) <= _INPUT_BYTES:
+    if events:
         return "events"
     return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None
 

@@ -139,3 +139,15 @@ def test_a_fault_inside_is_told_by_layer_step_and_index() -> None:
     assert found is not None
     network, _ = selftest.network(0)
     assert found.startswith(f"network 0 of 64: q of '{network.lifs[-1].name}' at ({network.timesteps - 1}, 0, 0, 0, 0)")
+
+
+@needs_native
+def test_doctor_shows_what_each_level_s_self_test_found(broken: set[str]) -> None:
+    from mdsnn.cli import doctor
+
+    levels = native.isa_levels()
+    broken.add(levels[-1])
+    found = dict(doctor._self_tests())
+    assert list(found) == list(levels)
+    assert str(found.pop(levels[-1])).startswith("network 41 of 64: the logits are")
+    assert set(found.values()) <= {None}

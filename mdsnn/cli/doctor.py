@@ -108,6 +108,9 @@ def examine() -> dict[str, Any]:
     for name in engine.KERNELS:
         reason = engine.missing(name)
         check(f"engine {name}", reason is None, reason or "runs", "see the reason")
+    for level, fault in _self_tests():
+        words = "passes its self-test" if fault is None else f"fails its self-test: {fault}"
+        check(f"instruction set {level}", fault is None, words, "it is left alone; report it with this table")
     for variable in ("MDSNN_ENGINE", "MDSNN_ISA", "MDSNN_THREADS"):
         checks.append({"part": variable, "ok": True, "found": os.environ.get(variable, "not set"), "cure": ""})
     fine &= _environment(check)
@@ -117,6 +120,13 @@ def examine() -> dict[str, Any]:
     except OSError as fault:
         check("disk", False, f"this folder cannot be read: {fault.strerror}", "change to another folder")
     return {"schema": "mdsnn.doctor/1", "ok": fine, "machine": machine(), "checks": checks}
+
+
+def _self_tests() -> list[tuple[str, str | None]]:
+    """What the self-test of each instruction set of this machine finds; empty without the C engine."""
+    from mdsnn.kernels import native
+
+    return [] if native.unloaded() else [(level, native.fault(level)) for level in native.isa_levels()]
 
 
 def _environment(check: Any) -> bool:
