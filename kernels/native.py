@@ -276,11 +276,11 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
 def _list_bytes(conv: Conv, width: int, steps: int) -> int:
     """What the lists of an output row take if every input fires: a byte an entry, each list filled up."""
     _, c_in, kh, _ = conv.weight.shape
-    return width * steps * (c_in * kh + (_FILL - 1) * _slabs(conv))
+    return int(width * steps * (c_in * kh + (_FILL - 1) * _slabs(conv)))
 
 
 def _slabs(conv: Conv) -> int:
-    return -(-conv.weight.shape[1] // _BLOCK) * -(-conv.weight.shape[2] // _ROWS)
+    return int(-(-conv.weight.shape[1] // _BLOCK) * -(-conv.weight.shape[2] // _ROWS))
 
 
 def _sums_fit(network: IntegerNetwork, conv: Conv) -> bool:
@@ -595,7 +595,7 @@ class _Plan:
         proof, conv = self.network.proof, group.conv
         last = (proof.shapes[conv.source][2] - 1 + conv.padding) // conv.stride
         across = (conv.weight.shape[3] - 1) // conv.stride + max(proof.shapes[conv.name][2], last + 1)
-        return (2 if _sums_fit(self.network, conv) else 4) * across * self._steps(group) * _BLOCK
+        return int((2 if _sums_fit(self.network, conv) else 4) * across * self._steps(group) * _BLOCK)
 
     def _tiles(self, group: _Group) -> int:
         """Bytes of the sums of an output row in whole tiles."""
@@ -767,7 +767,9 @@ def _by_input(weight: Array, groups: int) -> Array:
 
 def _blocks(constants: Array) -> Array:
     """Constants of channels, with 0 for those up to the next block."""
-    return np.pad(constants, (0, -len(constants) % _BLOCK))
+    padded = np.zeros(-(-len(constants) // _BLOCK) * _BLOCK, constants.dtype)
+    padded[: len(constants)] = constants
+    return padded
 
 
 def _depth(conv: Conv) -> int:
@@ -809,7 +811,7 @@ def _flush(weight: Array) -> int:
         if len(above):
             sums = -np.sort(-above, axis=-1)[:, : fewest + 1].cumsum(axis=-1, dtype=np.int32)
             fewest = min(fewest, int((sums <= limit).sum(axis=-1).min()))
-    return fewest // _FILL * _FILL
+    return int(fewest // _FILL * _FILL)
 
 
 def _pack_events(conv: Conv, vector: int, biased: bool) -> Array:
@@ -856,7 +858,7 @@ def _aligned(array: Array) -> Array:
 def _arena(size: int) -> npt.NDArray[np.uint8]:
     """Uninitialized bytes that start on a cache line."""
     block = np.empty(size + _ALIGN, np.uint8)
-    start = -block.ctypes.data % _ALIGN
+    start = -block.__array_interface__["data"][0] % _ALIGN
     return block[start : start + size]
 
 
