@@ -501,9 +501,10 @@ def test_spikesim_sees_one_group_and_only_kernels_above_1x1() -> None:
     assert many.active_rows_by_tile == (60 * 64 * 6, 60 * 64 * 6, 60 * 12 * 6)
 
 
-def test_presets_are_ratios_of_two_reports() -> None:
-    workload = ms_resnet(18, (2, 16, 16), 2)
-    load = uniform(workload, 0.1)
+@pytest.mark.parametrize("stored", [False, True])
+def test_presets_are_ratios_of_two_reports(stored: bool) -> None:
+    described = ms_resnet(18, (2, 16, 16), 2)
+    workload, load = load_for(*CASES[0], CHIP) if stored else (described, uniform(described, 0.1))
     base = physical_cost(prepare(workload, load, CHIP, Precision("", 5, 5, True)), CHIP).totals
     for name, bits in (("significand24", 24), ("bits32", 32)):
         full = physical_cost(prepare(workload, load, CHIP, Precision("", bits, 32, True)), CHIP).totals
@@ -545,3 +546,8 @@ def test_the_ann_beside_it_layer_by_layer() -> None:
     average = Precision("", None, None, True)
     price = physical_cost(prepare(ann, uniform(ann, 0.5), CHIP, average), CHIP).totals.energy
     assert (three.ann, three.ann_bits, three.ann_density) == (pytest.approx(price), 3, 0.5)
+    for bits, planes, want in (((2, 5, 3), 1, 5), ((6, 4, 3), 2, 3)):  # the widest that reads spikes, or else the last
+        layers = tuple(grouped(name=f"l{n}", bits=b, planes=planes, groups=1) for n, b in enumerate(bits))
+        plain = Workload("w", layers, (), (), 3, (140, 5, 7), "events", 0, "")
+        cost = physical_cost(prepare(plain, uniform(plain, 0.1), CHIP), CHIP)
+        assert three_energies(cost, CHIP).ann_bits == want
