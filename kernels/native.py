@@ -48,7 +48,11 @@ log = logging.getLogger(__name__)
 ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 """Instruction sets the C sources are compiled for, each a superset of those before it; entry i is enum value i."""
 
-_CONTRACT = 9  # MDSNN_CONTRACT of src/mdsnn.h
+STAGES = ("gather", "sums", "epilogue", "whole")
+"""Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
+METHODS = ("events, 8 bits", "events, 16 bits", "events, 32 bits", "pairs", "tiles")
+"""How a fused convolution is computed, in the order of mdsnn.h."""
+_CONTRACT = 10  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -366,6 +370,7 @@ class _Plan:
         self.values: list[_Value] = []
         self.state_bytes = 0
         self.counters: dict[str, int] = {}
+        self.weight_bytes: dict[str, int] = {}
         proof = network.proof
         groups = {network.nodes[group.place].name: group for group in self._groups()}
         inside = {
@@ -634,6 +639,7 @@ class _Plan:
                     method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
                 vector, biased = _VECTOR_BYTES[ISA_LEVELS[self.level]], method != self.lib.MDSNN_EVENTS_8
                 packed = self._pointer("int8_t", _pack_events(conv, vector, biased), np.int8)
+        self.weight_bytes[conv.name] = self.keep[-1].nbytes
         work_input, starts, sums, y = (item.offset for item in self.work[conv.name])
         return {
             "kind": self.lib.MDSNN_FUSED,
@@ -865,6 +871,38 @@ def _arena(size: int) -> npt.NDArray[np.uint8]:
 # ------------------------------------------------------------------------------------------------- the backend
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A step of a run: a node, or a convolution with what is fused to it.
+
+    method  of METHODS, or the node's type      conv  its convolution, if it is fused
+    weight_bytes  of that, as they are stored for the kernels
+    """
+
+    name: str
+    method: str
+    conv: str | None
+    weight_bytes: int
+
+
+def ticks() -> int:
+    """The counter in which `NativeBackend.timed` counts; its rate is unknown, and constant."""
+    return int(_module().lib.mdsnn_ticks())
+
+
+def strain(isa_level: str, work: str, size: int, rounds: int) -> int:
+    """Do `rounds` rounds of one kind of work and nothing else: 0 units where the level has no such instruction.
+
+    work     "byte_adds", "pair_products", "tile_products", or "reads" of a buffer of `size` bytes
+    returns  the units of work done: bytes added, products, bytes read
+    """
+    module = _module()
+    buffer = np.zeros(size + _ALIGN, np.uint8)[_ALIGN - 1 :]
+    start = module.ffi.cast("const uint8_t *", buffer.ctypes.data + -buffer.ctypes.data % _ALIGN)
+    kind = getattr(module.lib, f"MDSNN_{work.upper()}")
+    return int(module.lib.mdsnn_strain(ISA_LEVELS.index(isa_level), kind, start, size, rounds))
+
+
 class NativeBackend:
     """A network ready to run in C. Immutable: calls may run side by side.
 
@@ -900,6 +938,28 @@ class NativeBackend:
         finally:
             self._scratch.append(arena)
 
+    def timed(self, pixels: npt.NDArray[np.uint8]) -> tuple[Result, npt.NDArray[np.int64]]:
+        """A run on one thread, and where its time went: ticks of each of `operations` in each stage of STAGES."""
+        times = np.zeros((len(self._plan.steps), len(STAGES)), np.int64)
+        arena, plan = self._take(), self._plan
+        try:
+            state = arena[plan.scratch_bytes :]
+            return self._call(pixels, self.network.timesteps, True, state, 0, arena, False, times), times
+        finally:
+            self._scratch.append(arena)
+
+    def operations(self) -> list[Operation]:
+        """What a run consists of, in order."""
+        found = []
+        for at, (_, step) in enumerate(self._plan.steps):
+            if isinstance(step, _Group):
+                method = METHODS[self._plan.struct.ops[at].method]
+                stored = self._plan.weight_bytes[step.conv.name]
+                found.append(Operation(step.conv.name, method, step.conv.name, stored))
+            else:
+                found.append(Operation(step.name, type(step).__name__, None, 0))
+        return found
+
     def start(self, samples: int) -> State:
         """A fresh state, q = 0 everywhere, for `samples` samples."""
         return _NativeState(self, samples)
@@ -924,6 +984,7 @@ class NativeBackend:
         arena: npt.NDArray[np.uint8],
         trace: bool,
         parts: int = 1,
+        times: npt.NDArray[np.int64] | None = None,
     ) -> Result:
         plan, ffi, network = self._plan, self._plan.ffi, self.network
         samples = pixels.shape[-4]
@@ -938,6 +999,8 @@ class NativeBackend:
         call.work = call.scratch + plan.scratch_bytes + plan.state_bytes
         call.logits = ffi.cast("int32_t *", logits.ctypes.data)
         call.counts = ffi.cast("int64_t *", counts.ctypes.data)
+        if times is not None:
+            call.times = ffi.cast("int64_t *", times.ctypes.data)
         lifs: dict[str, LifTrace] = {}
         if trace:
             for lif in network.lifs:

@@ -39,16 +39,20 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
     for (int y = part.y; y < part.end_y; y += op->band) {
         int rows = part.end_y - y < op->band ? part.end_y - y : op->band;
         uint8_t *end = lists;
+        int64_t at = ticks_start(f);
         for (int r = 0; r < rows; r++)
             end = NAME(list_row)(f, op, &in, &e, y + r, lists, end, starts + r * starts_row, starts_slab);
+        at = ticks_count(f, op, MDSNN_GATHER, at);
         for (int o = part.out; o < part.end_out; o++) {
             memset(sums, 0, (size_t)(sums_row * rows));
             for (int i = 0; i < e.slabs; i++)
                 for (int r = 0; r < rows; r++)
                     NAME(events_row)(op, &in, &e, i, lists, starts + r * starts_row + i * starts_slab,
                                      op->weight + o * weights + NAME(slab_weights)(op, i), sums + r * sums_row);
+            at = ticks_count(f, op, MDSNN_SUMS, at);
             for (int r = 0; r < rows; r++)
                 NAME(epilogue)(f, op, k, sums + r * sums_row + e.left * window, wide, y_row, y + r, 0, to.width, o);
+            at = ticks_count(f, op, MDSNN_EPILOGUE, at);
         }
     }
 }
@@ -62,10 +66,14 @@ static void NAME(fused_pairs)(const frame *f, const mdsnn_op *op, const NAME(lif
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
     NAME(share) part = NAME(share_of)(f, to.height, outs);
     for (int y = part.y; y < part.end_y; y++) {
+        int64_t at = ticks_start(f);
         NAME(pairs_columns)(op, &in, steps, y, to.width, columns);
+        at = ticks_count(f, op, MDSNN_GATHER, at);
         for (int o = part.out; o < part.end_out; o++) {
             NAME(pairs_row)(columns, rows, op->depth, op->weight + (ptrdiff_t)o * op->depth * BLOCK * 2, sums);
+            at = ticks_count(f, op, MDSNN_SUMS, at);
             NAME(epilogue)(f, op, k, sums, 1, y_row, y, 0, to.width, o);
+            at = ticks_count(f, op, MDSNN_EPILOGUE, at);
         }
     }
 }
@@ -77,13 +85,17 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     int steps = steps_of(f, op), outs = (to.channels + BLOCK - 1) / BLOCK;
     int32_t *sums = (int32_t *)(f->work + op->work_sums);
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
+    int64_t at = ticks_start(f);
     NAME(tiles) g = NAME(tiles_prepare)(op, &in, to.width, steps, f->call->scratch + op->work_input);
+    at = ticks_count(f, op, MDSNN_GATHER, at);
     for (int y = 0; y < to.height; y += op->band) {
         int rows = to.height - y < op->band ? to.height - y : op->band;
         for (int o = 0; o < outs; o++) {
             NAME(tiles_band)(op, &g, y, rows, op->weight + o * g.weights, sums);
+            at = ticks_count(f, op, MDSNN_SUMS, at);
             for (int r = 0; r < rows; r++)
                 NAME(epilogue)(f, op, k, sums + r * g.sums_row, 1, y_row, y + r, 0, to.width, o);
+            at = ticks_count(f, op, MDSNN_EPILOGUE, at);
         }
     }
 }

@@ -13,6 +13,7 @@
 
 #define MDSNN_MAX_COMPARED 32
 
+#include "ticks.h"
 #include "view.h"
 
 #if defined(__x86_64__)
@@ -54,5 +55,6 @@
 #include "epilogue.h"
 #include "wide.h"
 #include "fused.h"
+#include "strain.h"
 
 #include "pass.h"

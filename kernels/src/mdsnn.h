@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 9 };
+enum mdsnn_version { MDSNN_CONTRACT = 10 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -47,6 +47,18 @@ enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
 
 /* Buckets of membranes: u is in number clamp((u - base) >> shift, 0, 30), and no bucket holds two thresholds. */
 enum mdsnn_limits { MDSNN_BUCKETS = 31 };
+
+/* Where an operation's time goes: its input as the method wants it (lists of spikes, a copy for the tiles, columns for
+ * pairs); sums of products; bn, add and LIF. The whole of an operation holds more than these. */
+enum mdsnn_stage { MDSNN_GATHER, MDSNN_SUMS, MDSNN_EPILOGUE, MDSNN_WHOLE, MDSNN_STAGES };
+
+/* Work for one unit of the processor, to find what it can do at most. A unit of work is: */
+enum mdsnn_strain {
+    MDSNN_BYTE_ADDS,     /* a byte added */
+    MDSNN_PAIR_PRODUCTS, /* a product of 16 bits, added to its neighbour's */
+    MDSNN_TILE_PRODUCTS, /* a product of 8 bits; 0 units where there are no tiles */
+    MDSNN_READS          /* a byte of memory read */
+};
 
 enum mdsnn_isa { MDSNN_BASE, MDSNN_AVX2, MDSNN_AVX512, MDSNN_AMX };
 
@@ -152,6 +164,7 @@ typedef struct mdsnn_call {
     int32_t *const *trace_h; /* a pointer for each LIF, [steps][samples][c][y][x]; null: no trace */
     uint8_t *const *trace_s;
     int8_t *const *trace_q;
+    int64_t *times; /* [op_count][MDSNN_STAGES] ticks, added to; null: not taken. Of calls without a team */
 } mdsnn_call;
 
 /* 1 if this machine and this build can run `isa`. */
@@ -164,5 +177,11 @@ void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call);
  * number of threads; nobody waits for one that comes late or never. Of what the call points to, only the team is read
  * after the call has ended. */
 void mdsnn_help(mdsnn_team *team);
+
+/* The processor's counter of time, of an unknown rate. */
+int64_t mdsnn_ticks(void);
+
+/* Do one kind of work for `rounds` rounds, reads over `size` bytes; returns the units of work done. */
+int64_t mdsnn_strain(int isa, int what, const uint8_t *bytes, int64_t size, int64_t rounds);
 
 #endif

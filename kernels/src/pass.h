@@ -95,10 +95,12 @@ void NAME(mdsnn_pass)(const frame *f)
 #endif
     for (int i = 0; i < f->plan->op_count; i++) {
         const mdsnn_op *op = &f->plan->ops[i];
+        int64_t at = ticks_start(f);
         if (f->fresh || !op->fixed)
             NAME(run_op)(f, op);
         if (op->kind == MDSNN_FUSED ? op->fire != 0 : op->out >= 0)
             NAME(count_out)(f, op->kind == MDSNN_FUSED ? op->fire : op);
+        ticks_count(f, op, MDSNN_WHOLE, at);
     }
 #ifdef MDSNN_WITH_TILES
     NAME(tiles_end)();

@@ -4,6 +4,7 @@
 #define _GNU_SOURCE /* syscall */
 #endif
 
+#include "ticks.h"
 #include "view.h"
 
 #if !defined(_WIN32)
@@ -18,11 +19,15 @@
 #endif
 
 void mdsnn_pass_base(const frame *f);
+int64_t mdsnn_strain_base(int what, const uint8_t *bytes, int64_t size, int64_t rounds);
 #if defined(MDSNN_X86)
 void mdsnn_pass_avx2(const frame *f);
 void mdsnn_pass_avx512(const frame *f);
+int64_t mdsnn_strain_avx2(int what, const uint8_t *bytes, int64_t size, int64_t rounds);
+int64_t mdsnn_strain_avx512(int what, const uint8_t *bytes, int64_t size, int64_t rounds);
 #if defined(MDSNN_X86_AMX)
 void mdsnn_pass_amx(const frame *f);
+int64_t mdsnn_strain_amx(int what, const uint8_t *bytes, int64_t size, int64_t rounds);
 
 /* AMX's registers are large: Linux hands them out on request, to the whole process, and its answer is what counts. */
 static int amx_granted(void)
@@ -177,4 +182,23 @@ void mdsnn_run(const mdsnn_plan *plan, int isa, const mdsnn_call *call)
         }
     if (call->team)
         __atomic_store_n(&call->team->ticket, CLOSED, __ATOMIC_RELEASE);
+}
+
+int64_t mdsnn_ticks(void) { return ticks_now(); }
+
+int64_t mdsnn_strain(int isa, int what, const uint8_t *bytes, int64_t size, int64_t rounds)
+{
+#if defined(MDSNN_X86)
+    if (isa == MDSNN_AVX2)
+        return mdsnn_strain_avx2(what, bytes, size, rounds);
+    if (isa == MDSNN_AVX512)
+        return mdsnn_strain_avx512(what, bytes, size, rounds);
+#if defined(MDSNN_X86_AMX)
+    if (isa == MDSNN_AMX)
+        return mdsnn_strain_amx(what, bytes, size, rounds);
+#endif
+#else
+    (void)isa;
+#endif
+    return mdsnn_strain_base(what, bytes, size, rounds);
 }
