@@ -944,7 +944,7 @@ class NativeBackend:
         arena, plan = self._take(), self._plan
         try:
             state = arena[plan.scratch_bytes :]
-            return self._call(pixels, self.network.timesteps, True, state, 0, arena, False, times), times
+            return self._call(pixels, self.network.timesteps, True, state, 0, arena, False, times=times), times
         finally:
             self._scratch.append(arena)
 

@@ -1,4 +1,4 @@
-"""Times by operation and stage: they add up, they cost nothing to the integers, and the ceilings are of this machine."""
+"""Times by operation and stage: they add up, they change no integer; what the processor can do at most."""
 
 from __future__ import annotations
 
