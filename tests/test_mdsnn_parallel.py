@@ -23,7 +23,8 @@ from mdsnn.kernels.errors import ConfigError, TrainingError
 from mdsnn.parallel import Team, team
 from mdsnn.recipe import recipe
 
-EXACT = {"blocks": (1, 1), "widths": (4, 6), "timesteps": 2, "epochs": 2, "batch_size": 23, "shift": 1, "lr": 1e-3}
+SGD = {"optimizer": "sgd", "lr": 0.1}  # AdamW would forgive a gradient of the wrong length
+EXACT = {"blocks": (1, 1), "widths": (4, 6), "timesteps": 2, "epochs": 2, "batch_size": 23, "shift": 1, **SGD}
 """With every epoch frozen, BN takes no statistics from a batch: what is left of a batch is a mean over its samples."""
 
 WORKER = """
