@@ -450,15 +450,14 @@ def document(rows: list[Row], tests: int) -> str:
 
     survivors: list[tuple[object, ...]] = [(*change(row), "open") for row in rows if row.status == "survived"]
     equivalents: list[tuple[object, ...]] = [(*change(row), row.reason) for row in rows if row.status == "equivalent"]
-    about = (__doc__ or "").split("\n\n")
+    about, judged = (__doc__ or "").split("\n\n"), dict.fromkeys(row.file for row in rows)
     head = ("where", "original", "mutant")
     parts = [
         "# Mutation score of the hardware model\n",
         "Written by `python tests/mutate_hwsim.py --write`; do not edit. " + " ".join(about[1].split()),
         f"**Score: {score(rows):.1f} %** of {counts['killed'] + counts['survived']} mutants ("
         f"{counts['killed']} killed, {counts['survived']} survived), judged by {tests} tests; "
-        f"{counts['equivalent']} more are equivalent. Judged so far: {', '.join(dict.fromkeys(row.file for row in rows))}, "
-        f"of {', '.join(FILES)}.",
+        f"{counts['equivalent']} more are equivalent. Judged so far: {', '.join(judged)}, of {', '.join(FILES)}.",
         " ".join(about[3].split()),
         "## By file\n\n" + tally("file"),
         "## By kind of change\n\n" + tally("kind"),
