@@ -79,7 +79,14 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
-@click.option("--local-rank", "--local_rank", type=int, hidden=True, expose_value=False)
+@click.option(
+    "--local-rank",
+    "--local_rank",
+    type=int,
+    hidden=True,
+    expose_value=False,
+    help="A launcher gives it; LOCAL_RANK is used.",
+)
 def cli() -> None:
     """Quantized spiking neural networks from PyTorch to hardware, bit for bit.
 

@@ -87,7 +87,14 @@ def _three(_ctx: click.Context, _option: click.Parameter, text: str | None) -> t
 @click.option("--amp", "precision", flag_value="bf16", help="The same as --precision bf16.")
 @click.option("--compile/--no-compile", default=None, help="By torch.compile; takes a minute to start.")
 @click.option("--checkpoint-activations/--keep-activations", default=None, help="Less memory for more time.")
-@click.option("--local-rank", "--local_rank", type=int, hidden=True, expose_value=False)
+@click.option(
+    "--local-rank",
+    "--local_rank",
+    type=int,
+    hidden=True,
+    expose_value=False,
+    help="A launcher gives it; LOCAL_RANK is used.",
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other field of the recipe; repeatable."
 )
