@@ -127,7 +127,7 @@ def _work(network: IntegerNetwork, name: str, method: str, spikes: float) -> flo
     assert isinstance(node, Conv | Linear)
     if method.startswith("events"):
         window = node.weight[0, 0].size / (node.stride**2 if isinstance(node, Conv) else 1)
-        return spikes * len(node.weight) * window * (1 if "8 bits" in method else 2)
+        return float(spikes * len(node.weight) * window * (1 if "8 bits" in method else 2))
     _, height, width = network.proof.shapes[name]
     steps = 1 if network.proof.static[name] else network.timesteps
     return float(node.weight.size * height * width * steps)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import numpy as np
@@ -15,6 +16,7 @@ from commands import ENVIRONMENT, TINY, assert_one_line, call, command, files, n
 from mdsnn.cli import COMMANDS, cli
 from mdsnn.cli import run as run_command
 from mdsnn.cli import verify as verify_command
+from mdsnn.kernels import native
 from mdsnn.kernels.errors import MissingError
 
 LIFS = 5
@@ -139,6 +141,27 @@ def test_verify_uses_all_five_unless_told_otherwise() -> None:
     for few in ("reference", "native,native", ""):
         assert_one_line(call("verify", files().artifact, "--executors", few), 2, "at least two")
     assert_one_line(call("verify", files().artifact, "--executors", "reference,nativ"), 2, "nativ", "none of")
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_bench_profiles_and_draws(tmp_path: Path) -> None:
+    drawing, words = tmp_path / "p.svg", ("bench", files().artifact, "--profile", "--data", files().npy)
+    assert call(*words, "--json", tmp_path / "p.json", "--picture", drawing).code == 0
+    found = document((tmp_path / "p.json").read_text(), "mdsnn.profile/1")
+    convs = [layer for layer in found["layers"] if layer["ceiling_ms"]]
+    assert convs
+    for layer in found["layers"]:
+        assert layer["total_ms"] == pytest.approx(sum(layer[f"{stage}_ms"] for stage in found["stages"]))
+    root = ElementTree.parse(drawing).getroot()
+    lines = root.findall("{http://www.w3.org/2000/svg}line")
+    assert len(lines) == len(convs)  # a mark for each ceiling
+    names = {text.text for text in root.findall("{http://www.w3.org/2000/svg}text")}
+    assert {layer["name"] for layer in found["layers"]} <= names
+    shown = call(*words)
+    assert shown.code == 0
+    assert "measured here at most" in shown.out
+    assert_one_line(call("bench", files().artifact, "--picture", "x.svg"), 2, "--profile")
+    assert_one_line(call(*words, "--threads", "2"), 2, "one thread")
 
 
 def test_bench_checks_then_times(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ Runner = Callable[["npt.NDArray[np.uint8]"], "npt.NDArray[np.int32]"]
     type=click.IntRange(3, 10_000),
     help="Rounds; the median counts.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Instead: where the C engine's time goes, by operation and stage, beside what this processor can do at most.",
+)
+@click.option("--picture", metavar="FILE", help="With --profile: draw it to FILE, as SVG.")
 @json_option
 @force_option
 def command(
@@ -66,6 +72,8 @@ def command(
     batch_size: str,
     threads: int,
     repeats: int,
+    profile: bool,
+    picture: str | None,
     json_file: str | None,
     force: bool,
 ) -> None:
@@ -77,9 +85,25 @@ def command(
     Examples:
       mdsnn bench builtin:digits
       mdsnn bench student.mdsnn --checkpoint student/model.ckpt --data digits --executors native,torch
+      mdsnn bench student.mdsnn --profile --picture profile.svg
     """
-    check_outputs([json_file], force=force, inputs=[artifact, checkpoint])
+    check_outputs([json_file, picture], force=force, inputs=[artifact, checkpoint])
     sizes = _sizes(batch_size)
+    if picture is not None and not profile:
+        raise click.UsageError("--picture draws a profile: add --profile")
+    if profile:
+        if executors is not None or checkpoint is not None or threads != 1:
+            raise click.UsageError("--profile is of the C engine on one thread: leave out --executors, --threads, ...")
+        measured = measure_profile(artifact, data=data, data_path=data_path)
+        if picture is not None:
+            from mdsnn.kernels.files import write_text
+
+            from . import roofline
+
+            write_text(picture, roofline.picture(measured), force=force)
+        if not write_json(measured, json_file, force=force):
+            show_profile(measured)
+        return
     names = None if executors is None else tuple(executors.split(","))
     document = measure(
         artifact,
@@ -128,6 +152,62 @@ def show(document: dict[str, Any]) -> None:
     table(["executor", "batch", "ms/image", "images/s", "spread"], rows, title)
     rows = [[a["layer"], a["neurons"], f"{100 * a['density']:.2f}%"] for a in document["activity"]]
     table(["LIF layer", "neurons", "neuron-steps that fire"], rows)
+
+
+def measure_profile(path: str, *, data: str = "auto", data_path: str | None = None) -> dict[str, Any]:
+    """Time of every operation of the C engine, a sample at a time on one thread (schema mdsnn.profile/1)."""
+    from dataclasses import asdict
+
+    from mdsnn.export import artifact
+    from mdsnn.kernels import profile
+
+    from .doctor import machine
+
+    network = artifact.load(path)
+    pixels = _pixels(network, data, data_path)
+    found = profile.profile(network, pixels[..., :1, :, :, :])
+    layers = []
+    for layer in found.layers:
+        row: dict[str, Any] = {"name": layer.name, "method": layer.method}
+        row |= {f"{stage}_ms": ms for stage, ms in zip(profile.STAGES, layer.ms, strict=True)}
+        row |= {"total_ms": layer.total_ms, "ceiling_ms": layer.ceiling_ms}
+        row["ceiling_share"] = layer.ceiling_ms / layer.total_ms if layer.total_ms else 0.0
+        row |= {"bound": layer.bound, "work": layer.work, "weight_bytes": layer.weight_bytes}
+        layers.append(row)
+    return {
+        "schema": "mdsnn.profile/1",
+        "artifact": path,
+        "machine": machine(),
+        "isa": found.isa,
+        "run_ms": found.run_ms,
+        "ceiling_ms": found.ceiling_ms,
+        "ceilings_per_s": asdict(found.ceilings),
+        "stages": list(profile.STAGES),
+        "layers": layers,
+    }
+
+
+def show_profile(document: dict[str, Any]) -> None:
+    """Print a profile: an operation a row, and what bounds those that add or multiply."""
+    stages = document["stages"]
+    rows = []
+    for layer in document["layers"]:
+        times = [f"{layer[f'{stage}_ms']:.4f}" for stage in stages] + [f"{layer['total_ms']:.4f}"]
+        limit = [f"{layer['ceiling_ms']:.4f}", f"{layer['ceiling_share']:.0%}", layer["bound"]]
+        rows.append([layer["name"], layer["method"], *times, *(limit if layer["ceiling_ms"] else ["", "", ""])])
+    sums = [sum(layer[f"{stage}_ms"] for layer in document["layers"]) for stage in stages]
+    total = sum(sums)
+    last = [f"{value:.4f}" for value in (*sums, total, document["ceiling_ms"])]
+    rows.append(["all", "", *last, f"{document['ceiling_ms'] / total:.0%}", ""])
+    title = (
+        f"one sample, one thread, {document['isa']}: {document['run_ms']:.3f} ms with Python's share; ms by operation,"
+        " the least of each"
+    )
+    table(["operation", "method", *stages, "total", "ceiling", "share", "bound by"], rows, title)
+    rates = document["ceilings_per_s"]
+    units = {"byte_adds": "G byte adds/s", "pair_products": "G products/s in pairs", "tile_products": "G/s in tiles"}
+    known = [f"{rates[name] / 1e9:.0f} {unit}" for name, unit in units.items() if rates[name]]
+    tell(f"measured here at most: {', '.join(known)}, {rates['weight_reads'] / 1e9:.1f} GB/s of weights")
 
 
 def prepare(
