@@ -33,8 +33,8 @@ def picture(document: Mapping[str, Any]) -> str:
             ms = layer[f"{stage}_ms"]
             title = escape(f"{layer['name']}, {stage}: {ms:.4f} ms")
             parts.append(
-                f'<rect class="{stage}" x="{right:.1f}" y="{y}" width="{ms * scale:.1f}" height="13"><title>{title}</title>'
-                "</rect>"
+                f'<rect class="{stage}" x="{right:.1f}" y="{y}" width="{ms * scale:.1f}" height="13">'
+                f"<title>{title}</title></rect>"
             )
             right += ms * scale
         share = f" ({layer['ceiling_share']:.0%})" if layer["ceiling_ms"] else ""
