@@ -52,7 +52,7 @@ STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
 METHODS = ("events, 8 bits", "events, 16 bits", "events, 32 bits", "pairs", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 10  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 12  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -70,6 +70,7 @@ _TILE = 16  # outputs a tile holds
 _FILLED = 0.25  # tiles of spikes that are no fuller are slower than lists
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
+_CELLS = 15  # MDSNN_CELLS of src/mdsnn.h
 _FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
 _REPORT = "please report it with the output of `mdsnn doctor`"
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
@@ -340,6 +341,29 @@ def _buckets(reach: _Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | 
     return None
 
 
+def _cells(reach: _Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None:
+    """At most 15 cells of u, all of one width, that hold one threshold each (see mdsnn.h): base, span, factor,
+    thresholds, decoded codes.
+
+    None where there are no such, or the thresholds lie more than 16 bits apart.
+    """
+    thresholds = np.unique(reach.thresholds)
+    if not 0 < len(thresholds) <= _CELLS or thresholds[-1] - thresholds[0] >= 2**15:
+        return None
+    base, span = int(thresholds[0]), int(thresholds[-1] - thresholds[0])
+    for last in range(len(thresholds) - 1, _CELLS):
+        factor = min(2**15 - 1, ((last + 1) * 2**16 - 1) // max(span, 1))
+        places = (thresholds - base) * factor >> 16
+        if len(np.unique(places)) < len(thresholds):
+            continue
+        at = np.full(_CELLS + 1, 32767)
+        at[places] = thresholds
+        below = np.searchsorted(places, np.arange(_CELLS + 1))  # different thresholds before each cell
+        counts = np.append(np.searchsorted(reach.thresholds, thresholds), len(reach.thresholds))[below]
+        return base, span, factor, at, lif.decode[reach.code_first + counts + delta(lif.bits)]
+    return None
+
+
 def _narrow_stream(network: IntegerNetwork) -> bool:
     """Whether every stream value, membrane and membrane constant fits 16 bits."""
     proof = network.proof
@@ -568,8 +592,8 @@ class _Plan:
                 raise NotImplementedError(type(node).__name__)
         return op
 
-    def _work_sizes(self, group: _Group) -> tuple[int, int, int, int]:
-        """Bytes of a group's input as its method wants it, the starts of its lists, its sums, and a row after bn."""
+    def _work_sizes(self, group: _Group) -> tuple[int, ...]:
+        """Bytes of what a group works on, in the order of mdsnn_op's fields work_...: input to y."""
         proof, conv = self.network.proof, group.conv
         c_in, height, width = proof.shapes[conv.source]
         out_width = proof.shapes[conv.name][2]
@@ -578,15 +602,20 @@ class _Plan:
         row = out_width * steps * _BLOCK
         after_bn = row << self.stream_type
         if group.method == "events":
-            lists = _list_bytes(conv, width, steps) * band + _ALIGN
+            lists = _list_bytes(conv, width, steps) * band + 2 * _ALIGN
+            ring = (band - 1) * conv.stride + conv.weight.shape[2]
+            spots = (_BLOCK + 1) * ring * width * steps * -(-c_in // _BLOCK)
             starts = 4 * _slabs(conv) * band * (steps * width + 1)
-            return lists, starts, band * self._events(group), after_bn
+            slab = _up((_ROWS * _BLOCK + 1) * kw * _BLOCK) + 2 * _BLOCK
+            return lists, slab, spots, starts, band * self._events(group), after_bn
         if group.method == "pairs":
-            return 2 * out_width * steps * _depth(conv), 0, 4 * row, after_bn
+            return 2 * out_width * steps * _depth(conv), 0, 0, 0, 4 * row, after_bn
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
         pitch = _up(c_in)
         return (
             (height + 2 * conv.padding) * columns * steps * pitch + _TILE * pitch,
+            0,
+            0,
             0,
             band * self._tiles(group),
             after_bn,
@@ -626,7 +655,7 @@ class _Plan:
         if group.fire is not None:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
-        flush = 0
+        flush, nibbles = 0, False
         match group.method:
             case "tiles":
                 method, packed = self.lib.MDSNN_TILES, self._pointer("int8_t", _pack_tiles(conv.weight), np.int8)
@@ -638,9 +667,11 @@ class _Plan:
                     flush = _flush(conv.weight)
                     method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
                 vector, biased = _VECTOR_BYTES[ISA_LEVELS[self.level]], method != self.lib.MDSNN_EVENTS_8
-                packed = self._pointer("int8_t", _pack_events(conv, vector, biased), np.int8)
+                codes = _pack_events(conv, vector, biased)
+                nibbles = not biased and int(np.abs(codes).max()) < 8
+                packed = self._pointer("int8_t", _pack_nibbles(codes) if nibbles else codes, np.int8)
         self.weight_bytes[conv.name] = self.keep[-1].nbytes
-        work_input, starts, sums, y = (item.offset for item in self.work[conv.name])
+        work_input, slab, spots, starts, sums, y = (item.offset for item in self.work[conv.name])
         return {
             "kind": self.lib.MDSNN_FUSED,
             "source": self.index[conv.source],
@@ -658,9 +689,12 @@ class _Plan:
             "fire": fire,
             "method": method,
             "flush": flush,
+            "nibbles": int(nibbles),
             "band": self._band(group),
             "depth": _depth(conv),
             "work_input": work_input,
+            "work_slab": slab,
+            "work_spots": spots,
             "work_starts": starts,
             "work_sums": sums,
             "work_y": y,
@@ -704,6 +738,16 @@ class _Plan:
             fields.update(buckets=1, bucket_base=base, bucket_shift=shift)
             fields.update(
                 {name: self._pointer("int16_t", table, np.int16) for name, table in zip(names, tables, strict=True)}
+            )
+        cells = _cells(reach, node) if self.stream_type == _I16 else None
+        if cells is not None:
+            base, span, factor, *tables = cells
+            fields.update(cells=1, cell_base=base, cell_span=span, cell_factor=factor)
+            fields.update(
+                {
+                    name: self._pointer("int16_t", table, np.int16)
+                    for name, table in zip(("cell_threshold", "cell_decode"), tables, strict=True)
+                }
             )
         if len(thresholds) > _COMPARED:
             fields["search"] = self.lib.MDSNN_BISECT
@@ -841,10 +885,18 @@ def _pack_events(conv: Conv, vector: int, biased: bool) -> Array:
                 slab[:, :, :, taps[first : first + _TAPS]].reshape(outs, ins, -1)
                 for first in range(0, len(taps), _TAPS)
             ]
+        size = slab[0, 0].size
+        pieces.append(np.zeros((outs, ins, -size % (2 * _BLOCK)), np.int8))
     packed = np.concatenate(pieces, axis=-1)
     if biased:
         packed[..., ::2] ^= -128
     return packed
+
+
+def _pack_nibbles(codes: Array) -> Array:
+    """Codes within -8..7 as two a byte, plus 8: of each 128, the first 64 in the lower halves."""
+    halves = (codes.reshape(-1, 2, _BLOCK) + 8).astype(np.uint8)
+    return (halves[:, 0] | halves[:, 1] << 4).view(np.int8)
 
 
 def _bit_places() -> Array:

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mdsnn.kernels import Engine, engine, native
 from mdsnn.kernels.errors import ConfigError, MissingError
+from mdsnn.kernels.network import Lif
 from planted import assert_same_bits, seeded_case
 
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -163,3 +167,28 @@ def test_no_source_asks_for_this_machine_s_own_instructions() -> None:
     text = "".join(path.read_text() for path in [*(folder / "src").iterdir(), folder / "build_native.py"])
     assert "march" not in text
     assert "malloc" not in text
+
+
+@given(
+    st.lists(st.integers(-300, 300), min_size=14, max_size=14).map(sorted), st.integers(-300, 0), st.integers(0, 300)
+)
+def test_a_cell_and_one_comparison_decode_every_membrane(thresholds: list[int], low: int, high: int) -> None:
+    """As src/mdsnn.h puts it, in Python, against the definition: the code is the number of thresholds that are <= u."""
+    lif = Lif("lif", "x", 4, np.arange(15) * np.arange(15), np.array(thresholds), v_th=high)
+    reach = native._Reach.of(lif, (low, high))
+    cells = native._cells(reach, lif)
+    if cells is None:
+        return
+    base, span, factor, threshold, decode = cells
+    assert 0 < factor < 2**15
+    assert len(threshold) == len(decode) == 16
+    for u in range(reach.lo, reach.hi + 1):
+        cell = min(max(u - base, 0), span) * factor >> 16
+        assert decode[cell + (u >= threshold[cell])] == lif.decode[np.searchsorted(lif.thresholds, u, side="right")]
+
+
+def test_thresholds_of_tanh_lie_in_cells() -> None:
+    """What a membrane of 4 bits has, at the largest alpha: the short way must not be lost on it."""
+    steps = np.arctanh((np.arange(14) - 6.5) / 7)
+    lif = Lif("lif", "x", 4, np.arange(15), np.round(256 * steps).astype(int), v_th=128)
+    assert native._cells(native._Reach.of(lif, (-2000, 2000)), lif) is not None

@@ -108,7 +108,8 @@ static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NA
     if (fires)
         for (int j = 0; j < many; j++)
             decoded[j] = NAME(lif_decoded_i16)(e->f, e->fire, e->k, e->q + (ptrdiff_t)(p + j) * e->channels, e->lanes);
-    for (int t = 0; t < e->steps; t++)
+    for (int t = 0; t < e->steps; t++) {
+        NAME(vec_i16) h[2] = {{0}};
 #pragma GCC unroll 2
         for (int j = 0; j < many; j++) {
             ptrdiff_t i = ((ptrdiff_t)(p + j) * e->steps + t) * BLOCK;
@@ -134,19 +135,36 @@ static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NA
             }
             if (stores)
                 memcpy(e->to + (p + j) * e->to_pixel + t * e->to_step, &v, sizeof v);
-            if (fires) {
-                NAME(vec_i16) h = (NAME(vec_i16))((NAME(u16))v + (NAME(u16))decoded[j]);
-                NAME(vec_i16) fired = NAME(lif_fire_i16)(e->fire, e->k, common, h, &code[j], &decoded[j]);
-                NAME(bytes_i16) narrow = __builtin_convertvector(fired, NAME(bytes_i16));
-                narrow = (NAME(bytes_i16))(narrow & 1);
-                memcpy(e->s + (p + j) * e->s_pixel + t * e->s_step, &narrow, sizeof narrow);
-                if (!common && e->trace) {
-                    NAME(bytes_i16) codes = __builtin_convertvector(code[j], NAME(bytes_i16));
-                    NAME(lif_trace_i16)(e->f, e->fire, e->plane, e->at + p + j, e->channels, e->c, e->lanes, t,
-                                        (const int16_t *)&h, (const int8_t *)&narrow, (const int8_t *)&codes);
-                }
+            if (fires)
+                h[j] = (NAME(vec_i16))((NAME(u16))v + (NAME(u16))decoded[j]);
+        }
+        if (!fires)
+            continue;
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+        if (common) {
+            if (many == 1)
+                h[1] = h[0];
+            __m256i spikes = NAME(lif_two)(e->k, h, decoded);
+            uint8_t *s = e->s + p * e->s_pixel + t * e->s_step;
+            _mm_storeu_si128((__m128i *)s, _mm256_castsi256_si128(spikes));
+            if (many == 2)
+                _mm_storeu_si128((__m128i *)(s + e->s_pixel), _mm256_extracti128_si256(spikes, 1));
+            continue;
+        }
+#endif
+#pragma GCC unroll 2
+        for (int j = 0; j < many; j++) {
+            NAME(vec_i16) fired = NAME(lif_fire_i16)(e->fire, e->k, common, h[j], &code[j], &decoded[j]);
+            NAME(bytes_i16) narrow = __builtin_convertvector(fired, NAME(bytes_i16));
+            narrow = (NAME(bytes_i16))(narrow & 1);
+            memcpy(e->s + (p + j) * e->s_pixel + t * e->s_step, &narrow, sizeof narrow);
+            if (!common && e->trace) {
+                NAME(bytes_i16) codes = __builtin_convertvector(code[j], NAME(bytes_i16));
+                NAME(lif_trace_i16)(e->f, e->fire, e->plane, e->at + p + j, e->channels, e->c, e->lanes, t,
+                                    (const int16_t *)&h[j], (const int8_t *)&narrow, (const int8_t *)&codes);
             }
         }
+    }
     if (!common && fires && e->keep)
         for (int j = 0; j < many; j++) {
             NAME(bytes_i16) narrow = __builtin_convertvector(code[j], NAME(bytes_i16));

@@ -29,6 +29,7 @@
 #define WIDE_TAPS (VECTOR_BYTES == 16 ? 1 : TAPS) /* at a time in 16 bits, as many as there are registers for */
 
 typedef int8_t NAME(v8) __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint8_t NAME(u8) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int16_t NAME(v16) __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t NAME(u16) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t NAME(v32) __attribute__((vector_size(VECTOR_BYTES)));
@@ -37,8 +38,11 @@ typedef int16_t NAME(half16) __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 /* A layer's windows along a row. */
 typedef struct NAME(events) {
-    int width, steps, slabs, outs; /* of the outputs; slabs of an output; blocks of outputs */
-    int left, across;              /* windows to spare before the first; windows in all */
+    int steps, blocks, slabs, outs; /* steps; blocks of inputs; slabs of an output; blocks of outputs */
+    int left, across;               /* windows to spare before the first; windows in all */
+    int ring;                       /* rows of spikes kept */
+    ptrdiff_t spots_row;            /* columns by steps by blocks */
+    uint8_t *spots, *found;
 } NAME(events);
 
 static inline int NAME(slab_rows)(const mdsnn_op *op, int slab)
@@ -47,12 +51,34 @@ static inline int NAME(slab_rows)(const mdsnn_op *op, int slab)
     return left < ROWS ? left : ROWS;
 }
 
-/* Where the weights of a slab lie among those of a block of outputs. */
-static inline ptrdiff_t NAME(slab_weights)(const mdsnn_op *op, int slab)
+/* Bytes of a slab of so many rows, up to what nibbles are packed in. */
+static inline ptrdiff_t NAME(slab_bytes)(const mdsnn_op *op, int rows)
 {
-    int groups = (op->kernel_height + ROWS - 1) / ROWS;
-    ptrdiff_t rows = (ptrdiff_t)(slab / groups) * op->kernel_height + slab % groups * ROWS;
-    return (rows * BLOCK + slab) * op->kernel_width * BLOCK;
+    ptrdiff_t bytes = (ptrdiff_t)(rows * BLOCK + 1) * op->kernel_width * BLOCK;
+    return (bytes + 2 * BLOCK - 1) / (2 * BLOCK) * (2 * BLOCK);
+}
+
+/* Where a slab lies among those of a block of outputs. */
+static inline ptrdiff_t NAME(slab_at)(const mdsnn_op *op, int slab)
+{
+    int full = op->kernel_height / ROWS, groups = (op->kernel_height + ROWS - 1) / ROWS;
+    ptrdiff_t all = full * NAME(slab_bytes)(op, ROWS) + (groups - full) * NAME(slab_bytes)(op, op->kernel_height % ROWS);
+    return slab / groups * all + slab % groups * NAME(slab_bytes)(op, ROWS);
+}
+
+/* Weights of 4 bits, two a byte and 8 more than they are, to one a byte; of each 128 the first 64 are in the lower
+ * halves. They come from a far cache, or from memory, in half the time. */
+APART static void NAME(unpack)(const int8_t *packed, ptrdiff_t bytes, int8_t *to)
+{
+    for (; bytes > 0; bytes -= 2 * BLOCK, to += 2 * BLOCK, packed += BLOCK)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) {
+            NAME(u16) both, mask = (NAME(u16)){0} + 0x0F0F;
+            memcpy(&both, packed + v * VECTOR_BYTES, sizeof both);
+            NAME(u8) low = (NAME(u8))(both & mask) - 8, high = (NAME(u8))(both >> 4 & mask) - 8;
+            memcpy(to + v * VECTOR_BYTES, &low, sizeof low);
+            memcpy(to + BLOCK + v * VECTOR_BYTES, &high, sizeof high);
+        }
 }
 
 /* Bits of the first `count` (at most 64) bytes that are not 0: spikes are 0 or 1. */
@@ -81,10 +107,10 @@ static inline uint64_t NAME(spike_mask)(const uint8_t *spikes, int count)
     return count < BLOCK ? mask & (((uint64_t)1 << count) - 1) : mask;
 }
 
-/* Appends base + i for each bit i of the mask; may write 8 entries beyond. */
-static inline uint8_t *NAME(append)(uint64_t mask, unsigned base, const uint8_t *bits, uint8_t *to)
+/* Appends i for each bit i of the mask; may write up to 64 entries, whatever their number. */
+static inline uint8_t *NAME(append)(uint64_t mask, const uint8_t *bits, uint8_t *to)
 {
-    uint64_t first = base * 0x0101010101010101u;
+    uint64_t first = 0;
 #pragma GCC unroll 8
     for (int part = 0; part < 8; part++, mask >>= 8, first += 0x0808080808080808u) {
         uint64_t places;
@@ -100,30 +126,56 @@ static inline uint8_t *NAME(append)(uint64_t mask, unsigned base, const uint8_t 
     return to;
 }
 
+/* The places of the spikes of rows `from` to `to` of the input, in order: 64 bytes of `spots` and one of `found` for
+ * each column, step and block. Row y lies at y modulo `ring`. */
+APART static void NAME(find_spikes)(const frame *f, const view *in, const NAME(events) *e, int from, int to)
+{
+    for (int y = from; y < to; y++) {
+        ptrdiff_t at = (ptrdiff_t)(y % e->ring) * e->spots_row;
+        const uint8_t *pixel = in->at + y * in->row;
+        for (int x = 0; x < in->width; x++, pixel += in->pixel)
+            for (int t = 0; t < e->steps; t++)
+                for (int c = 0; c < in->channels; c += BLOCK, at++) {
+                    uint64_t mask = NAME(spike_mask)(pixel + t * in->step + c, in->channels - c);
+                    uint8_t *spots = e->spots + at * BLOCK;
+                    e->found[at] = (uint8_t)(NAME(append)(mask, f->plan->bits, spots) - spots);
+                }
+    }
+}
+
 /* Lists of output row y, [slab][x][step]; `starts` takes where each begins and, for each slab, where the last ends. */
-APART static uint8_t *NAME(list_row)(const frame *f, const mdsnn_op *op, const view *in, const NAME(events) *e, int y,
+APART static uint8_t *NAME(list_row)(const mdsnn_op *op, const view *in, const NAME(events) *e, int y,
                                      const uint8_t *lists, uint8_t *to, uint32_t *starts, ptrdiff_t starts_slab)
 {
     int groups = (op->kernel_height + ROWS - 1) / ROWS;
     for (int slab = 0; slab < e->slabs; slab++) {
-        int block = slab / groups, rows = NAME(slab_rows)(op, slab);
-        int count = in->channels - block * BLOCK < BLOCK ? in->channels - block * BLOCK : BLOCK;
+        int rows = NAME(slab_rows)(op, slab), there = 0;
         uint32_t *start = starts + slab * starts_slab;
-        const uint8_t *from[ROWS]; /* null where the row is padding */
+        ptrdiff_t from[ROWS];
+        uint8_t base[ROWS];
         for (int row = 0; row < rows; row++) {
             int64_t from_y = (int64_t)y * op->stride + slab % groups * ROWS + row - op->padding;
-            from[row] = from_y >= 0 && from_y < in->height ? in->at + from_y * in->row + block * BLOCK : 0;
+            if (from_y < 0 || from_y >= in->height)
+                continue; /* padding */
+            from[there] = (ptrdiff_t)(from_y % e->ring) * e->spots_row + slab / groups;
+            base[there++] = (uint8_t)(row * BLOCK);
         }
-        for (int x = 0; x < in->width; x++)
-            for (int t = 0; t < e->steps; t++) {
-                *start++ = (uint32_t)(to - lists);
-                for (int row = 0; row < rows; row++)
-                    if (from[row])
-                        to = NAME(append)(NAME(spike_mask)(from[row] + x * in->pixel + t * in->step, count),
-                                          (unsigned)(row * BLOCK), f->plan->bits, to);
-                memset(to, rows * BLOCK, FILL);
-                to += (lists - to) & (FILL - 1);
+        for (ptrdiff_t at = 0; at < e->spots_row; at += e->blocks) {
+            *start++ = (uint32_t)(to - lists);
+            for (int row = 0; row < there; row++) {
+                const uint8_t *spots = e->spots + (from[row] + at) * BLOCK;
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; v++) {
+                    NAME(u8) some;
+                    memcpy(&some, spots + v * VECTOR_BYTES, sizeof some);
+                    some += base[row];
+                    memcpy(to + v * VECTOR_BYTES, &some, sizeof some);
+                }
+                to += e->found[from[row] + at];
             }
+            memset(to, rows * BLOCK, FILL);
+            to += (lists - to) & (FILL - 1);
+        }
         *start = (uint32_t)(to - lists);
     }
     return to;
@@ -287,16 +339,21 @@ APART static void NAME(events_row)(const mdsnn_op *op, const view *in, const NAM
     }
 }
 
-static NAME(events) NAME(events_prepare)(const mdsnn_op *op, const view *in, int outs, int width, int steps)
+static NAME(events) NAME(events_prepare)(const mdsnn_op *op, const view *in, int outs, int width, int steps,
+                                        uint8_t *spots)
 {
     NAME(events) e;
     int last = (in->width - 1 + op->padding) / op->stride; /* the last window that a column lies under */
-    e.width = width;
     e.steps = steps;
-    e.slabs = (in->channels + BLOCK - 1) / BLOCK * ((op->kernel_height + ROWS - 1) / ROWS);
+    e.blocks = (in->channels + BLOCK - 1) / BLOCK;
+    e.slabs = e.blocks * ((op->kernel_height + ROWS - 1) / ROWS);
     e.outs = (outs + BLOCK - 1) / BLOCK;
     e.left = (op->kernel_width - 1) / op->stride;
     e.across = e.left + (last < width ? width : last + 1);
+    e.ring = (op->band - 1) * op->stride + op->kernel_height;
+    e.spots_row = (ptrdiff_t)in->width * steps * e.blocks;
+    e.spots = spots;
+    e.found = spots + e.ring * e.spots_row * BLOCK;
     return e;
 }
 

@@ -27,28 +27,40 @@ static inline NAME(share) NAME(share_of)(const frame *f, int height, int outs)
 static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
-    NAME(events) e = NAME(events_prepare)(op, &in, to.channels, to.width, steps_of(f, op));
+    NAME(events) e =
+        NAME(events_prepare)(op, &in, to.channels, to.width, steps_of(f, op), f->work + op->work_spots);
     uint8_t *lists = f->work + op->work_input, *sums = f->work + op->work_sums;
+    int8_t *slab = (int8_t *)(f->work + op->work_slab);
     uint32_t *starts = (uint32_t *)(f->work + op->work_starts);
     int wide = op->method == MDSNN_EVENTS_32;
     ptrdiff_t starts_slab = (ptrdiff_t)e.steps * in.width + 1, starts_row = starts_slab * e.slabs;
     ptrdiff_t window = (ptrdiff_t)e.steps * BLOCK * (wide ? 4 : 2), sums_row = e.across * window; /* bytes */
-    ptrdiff_t weights = NAME(slab_weights)(op, e.slabs);
+    ptrdiff_t weights = NAME(slab_at)(op, e.slabs);
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
     NAME(share) part = NAME(share_of)(f, to.height, e.outs);
-    for (int y = part.y; y < part.end_y; y += op->band) {
+    for (int y = part.y, found = 0; y < part.end_y; y += op->band) {
         int rows = part.end_y - y < op->band ? part.end_y - y : op->band;
-        uint8_t *end = lists;
+        int first = y * op->stride - op->padding, last = first + (rows - 1) * op->stride + op->kernel_height;
+        found = found < first ? first : found;
+        last = last < in.height ? last : in.height;
         int64_t at = ticks_start(f);
+        NAME(find_spikes)(f, &in, &e, found, last);
+        found = found < last ? last : found;
+        uint8_t *end = lists;
         for (int r = 0; r < rows; r++)
-            end = NAME(list_row)(f, op, &in, &e, y + r, lists, end, starts + r * starts_row, starts_slab);
+            end = NAME(list_row)(op, &in, &e, y + r, lists, end, starts + r * starts_row, starts_slab);
         at = ticks_count(f, op, MDSNN_GATHER, at);
         for (int o = part.out; o < part.end_out; o++) {
             memset(sums, 0, (size_t)(sums_row * rows));
-            for (int i = 0; i < e.slabs; i++)
+            for (int i = 0; i < e.slabs; i++) {
+                const int8_t *packed = op->weight + (o * weights + NAME(slab_at)(op, i)) / (op->nibbles ? 2 : 1);
+                int only = e.slabs == 1 && part.end_out - part.out == 1; /* then it is still there */
+                if (op->nibbles && (y == part.y || !only))
+                    NAME(unpack)(packed, NAME(slab_at)(op, i + 1) - NAME(slab_at)(op, i), slab);
                 for (int r = 0; r < rows; r++)
                     NAME(events_row)(op, &in, &e, i, lists, starts + r * starts_row + i * starts_slab,
-                                     op->weight + o * weights + NAME(slab_weights)(op, i), sums + r * sums_row);
+                                     op->nibbles ? slab : packed, sums + r * sums_row);
+            }
             at = ticks_count(f, op, MDSNN_SUMS, at);
             for (int r = 0; r < rows; r++)
                 NAME(epilogue)(f, op, k, sums + r * sums_row + e.left * window, wide, y_row, y + r, 0, to.width, o);

@@ -29,6 +29,8 @@ typedef struct STREAM_NAME(lif_constants) {
     __m128i bucket_shift;
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
     __m256i decode_low, decode_high; /* bytes of what the first code left and its followers decode to */
+    __m256i cell_below_low, cell_below_high, cell_decode_low, cell_decode_high; /* bytes; each threshold - 1 */
+    __m256i cell_base, cell_span, cell_factor;
 #endif
 } STREAM_NAME(lif_constants);
 
@@ -64,6 +66,8 @@ static inline int STREAM_NAME(lif_common)(const mdsnn_op *op)
         return 0;
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
     return op->buckets;
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+    return op->cells;
 #else
     return op->search == MDSNN_COMPARE && op->thresholds < 16;
 #endif
@@ -88,7 +92,7 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
     }
 #endif
 #if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
-    if (common || (op->search == MDSNN_COMPARE && op->thresholds < 16)) {
+    if (op->search == MDSNN_COMPARE && op->thresholds < 16) {
         STREAM_NAME(vec) index = {0};
 #pragma GCC unroll 4
         for (int j = 0; j < (op->thresholds + 3) / 4 * 4; j++) /* those beyond are out of reach */
@@ -158,6 +162,35 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
     memcpy(q, lane, sizeof lane);
     memcpy(decoded, next, sizeof next);
 }
+
+#if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
+/* Two vectors of h, of a LIF that is lif_common: what their codes decode to, and the spikes as bytes of 0 and 1, the
+ * first vector's in the lower half. Bytes of both lie in one vector, so that a table of 16 words is looked up in two
+ * shuffles. */
+static inline __attribute__((always_inline)) __m256i NAME(lif_two)(const STREAM_NAME(lif_constants) *k,
+                                                                   const STREAM_NAME(vec) h[2],
+                                                                   STREAM_NAME(vec) decoded[2])
+{
+    __m256i fired[2], u[2], cell[2], below[2];
+    for (int j = 0; j < 2; j++) {
+        fired[j] = _mm256_cmpgt_epi16((__m256i)h[j], (__m256i)k->v_th);
+        u[j] = _mm256_andnot_si256(fired[j], (__m256i)h[j]);
+        cell[j] = _mm256_max_epi16(_mm256_subs_epi16(u[j], k->cell_base), _mm256_setzero_si256());
+        cell[j] = _mm256_mulhi_epi16(_mm256_min_epi16(cell[j], k->cell_span), k->cell_factor);
+    }
+    __m256i both = _mm256_packs_epi16(cell[0], cell[1]);
+    __m256i low = _mm256_shuffle_epi8(k->cell_below_low, both), high = _mm256_shuffle_epi8(k->cell_below_high, both);
+    below[0] = _mm256_cmpgt_epi16(u[0], _mm256_unpacklo_epi8(low, high));
+    below[1] = _mm256_cmpgt_epi16(u[1], _mm256_unpackhi_epi8(low, high));
+    both = _mm256_sub_epi8(both, _mm256_packs_epi16(below[0], below[1]));
+    low = _mm256_shuffle_epi8(k->cell_decode_low, both);
+    high = _mm256_shuffle_epi8(k->cell_decode_high, both);
+    decoded[0] = (STREAM_NAME(vec))_mm256_unpacklo_epi8(low, high);
+    decoded[1] = (STREAM_NAME(vec))_mm256_unpackhi_epi8(low, high);
+    __m256i spikes = _mm256_and_si256(_mm256_packs_epi16(fired[0], fired[1]), _mm256_set1_epi8(1));
+    return _mm256_permute4x64_epi64(spikes, 0xD8);
+}
+#endif
 
 /* From h to the spikes (-1 or 0 a lane), the codes to keep, and what they decode to. */
 static inline __attribute__((always_inline)) STREAM_NAME(vec)
@@ -270,15 +303,58 @@ static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constan
         memcpy(&k->decode_low, low, sizeof low);
         memcpy(&k->decode_high, high, sizeof high);
     }
+    if (op->cells) {
+        k->cell_base = _mm256_set1_epi16((short)op->cell_base);
+        k->cell_span = _mm256_set1_epi16((short)op->cell_span);
+        k->cell_factor = _mm256_set1_epi16((short)op->cell_factor);
+        uint8_t bytes[4][32];
+        for (int j = 0; j < 32; j++) {
+            uint16_t below = (uint16_t)(op->cell_threshold[j % 16] - 1), decoded = (uint16_t)op->cell_decode[j % 16];
+            bytes[0][j] = (uint8_t)below;
+            bytes[1][j] = (uint8_t)(below >> 8);
+            bytes[2][j] = (uint8_t)decoded;
+            bytes[3][j] = (uint8_t)(decoded >> 8);
+        }
+        memcpy(&k->cell_below_low, bytes[0], sizeof bytes[0]);
+        memcpy(&k->cell_below_high, bytes[1], sizeof bytes[1]);
+        memcpy(&k->cell_decode_low, bytes[2], sizeof bytes[2]);
+        memcpy(&k->cell_decode_high, bytes[3], sizeof bytes[3]);
+    }
 #endif
 }
+
+#if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
+/* All steps of the neurons c..c+LANES of two pixels, of a LIF that is lif_common, without trace or codes to keep. */
+static inline void NAME(lif_lanes_two)(const frame *f, const STREAM_NAME(lif_constants) *k, const STREAM *x,
+                                       ptrdiff_t x_pixel, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_pixel,
+                                       ptrdiff_t s_step)
+{
+    STREAM_NAME(vec) decoded[2] = {k->decode_zero, k->decode_zero}, h[2];
+    for (int t = 0; t < f->steps; t++, x += x_step, s += s_step) {
+        for (int j = 0; j < 2; j++) {
+            memcpy(&h[j], x + j * x_pixel, sizeof h[j]);
+            h[j] = (STREAM_NAME(vec))((STREAM_NAME(uvec))h[j] + (STREAM_NAME(uvec))decoded[j]);
+        }
+        __m256i spikes = NAME(lif_two)(k, h, decoded);
+        _mm_storeu_si128((__m128i *)s, _mm256_castsi256_si128(spikes));
+        _mm_storeu_si128((__m128i *)(s + s_pixel), _mm256_extracti128_si256(spikes, 1));
+    }
+}
+#endif
 
 /* The neurons of `pixels` pixels of one row. */
 static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
                                  const STREAM *x, ptrdiff_t x_pixel, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_pixel,
                                  ptrdiff_t s_step, int8_t *q, int pixels, int channels, ptrdiff_t plane, ptrdiff_t at)
 {
-    for (int p = 0; p < pixels; p++, x += x_pixel, s += s_pixel, q += channels, at++) {
+    int p = 0;
+#if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
+    if (STREAM_NAME(lif_common)(op) && f->fresh && !f->keep && !f->call->trace_h && channels % LANES == 0)
+        for (; p + 2 <= pixels; p += 2, x += 2 * x_pixel, s += 2 * s_pixel, q += 2 * channels, at += 2)
+            for (int c = 0; c < channels; c += LANES)
+                NAME(lif_lanes_two)(f, k, x + c, x_pixel, x_step, s + c, s_pixel, s_step);
+#endif
+    for (; p < pixels; p++, x += x_pixel, s += s_pixel, q += channels, at++) {
         int c = 0;
         for (; c + LANES <= channels; c += LANES)
             STREAM_NAME(lif_lanes)(f, op, k, x + c, x_step, s + c, s_step, q + c, c, LANES, channels, plane, at);

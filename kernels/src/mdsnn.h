@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 10 };
+enum mdsnn_version { MDSNN_CONTRACT = 12 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -45,8 +45,9 @@ enum mdsnn_method {
 
 enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
 
-/* Buckets of membranes: u is in number clamp((u - base) >> shift, 0, 30), and no bucket holds two thresholds. */
-enum mdsnn_limits { MDSNN_BUCKETS = 31 };
+/* Buckets of membranes: u is in number clamp((u - base) >> shift, 0, 30), and no bucket holds two thresholds. Cells:
+ * the same for number (clamp(u - base, 0, span) * factor) >> 16 of 15, where there are few thresholds. */
+enum mdsnn_limits { MDSNN_BUCKETS = 31, MDSNN_CELLS = 15 };
 
 /* Where an operation's time goes: its input as the method wants it (lists of spikes, a copy for the tiles, columns for
  * pairs); sums of products; bn, add and LIF. The whole of an operation holds more than these. */
@@ -109,6 +110,10 @@ typedef struct mdsnn_op {
     const int16_t *bucket_threshold; /* [32], out of reach where a bucket has none */
     const int16_t *bucket_code;      /* [32] code of u below the threshold of its bucket; one further, not below */
     const int16_t *bucket_decode;    /* [32] what that code decodes to */
+    int32_t cells;         /* 1: the thresholds lie in cells */
+    int32_t cell_base, cell_span, cell_factor;
+    const int16_t *cell_threshold; /* [16], out of reach where a cell has none */
+    const int16_t *cell_decode;    /* [16] what u decodes to below the threshold of its cell; one further, not below */
     int32_t v_th, v_soft, q_th;
     int32_t pre_fire, soft;
     /* fused: `other` is the value to add, `out` the stream to store; the parts are operations of their own kind */
@@ -116,9 +121,12 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t method;        /* enum mdsnn_method */
     int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4 */
+    int32_t nibbles;       /* events: 1: two weights a byte, which are unpacked slab by slab */
     int32_t band;          /* output rows worked on at a time */
     int32_t depth;         /* pairs: inputs under a window, even */
     int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch */
+    int64_t work_slab;     /* events: a slab of weights, unpacked */
+    int64_t work_spots;    /* where the spikes of a few rows of the input are */
     int64_t work_starts;   /* where each column of a list begins */
     int64_t work_sums, work_y;
     int64_t state;         /* lif: bytes into the state, q [y][x][channels] int8;  readout: the sums, int32 */
