@@ -158,6 +158,7 @@ static void replay_steps(const char *base, const known_case *c, const about *wha
     int64_t logit_bytes = c->samples * classes * (int64_t)sizeof(int32_t);
     int64_t count_bytes = counters * steps * (int64_t)sizeof(int64_t);
     uint8_t *scratch = guarded(plan->scratch_bytes), *logits = guarded(logit_bytes), *counts = guarded(count_bytes);
+    uint8_t *work = guarded(plan->work_bytes);
     memset(counts, 0, (size_t)count_bytes);
 
     mdsnn_call call;
@@ -170,6 +171,7 @@ static void replay_steps(const char *base, const known_case *c, const about *wha
     call.state_pitch = pitch;
     call.state = state;
     call.scratch = scratch;
+    call.work = work;
     call.logits = (int32_t *)(void *)logits;
     call.counts = (int64_t *)(void *)counts;
     if (trace) {
@@ -192,6 +194,7 @@ static void replay_steps(const char *base, const known_case *c, const about *wha
         compare_logits(what, call.logits, (const int32_t *)(const void *)(base + c->logits), c->samples, classes);
     compare_counts(what, call.counts, (const int64_t *)(const void *)(base + c->counts), counters, steps, c->steps);
     release(scratch, plan->scratch_bytes, what, "the scratch");
+    release(work, plan->work_bytes, what, "the work of a part");
     release(logits, logit_bytes, what, "the logits");
     release(counts, count_bytes, what, "the counts");
     free(traces);
