@@ -14,7 +14,7 @@
 #   --                   what follows goes to every `mdsnn train`
 #
 # Needs torch >= 2.11 and Python 3.11 or 3.12. Both students start from the teacher's weights and take equally many
-# epochs, so that the table shows what the distillation adds. Results: DIR/cifar10.json and DIR/cifar10.md.
+# epochs, so that the table shows what the distillation adds. Results: DIR/table.json and DIR/table.md.
 set -euo pipefail
 
 data=CIFAR10 data_path=data save=runs/cifar10 minutes= epochs=24,12 device=cuda shortened= compile=
@@ -73,4 +73,4 @@ done
 # the C engine against the frozen torch network: every integer of a thousand test images
 mdsnn verify "$save/mdsnn.mdsnn" "${source[@]}" --checkpoint "$save/mdsnn/model.ckpt" --executors native,torch \
     --limit "$([[ $shortened ]] && echo 50 || echo 1000)" --save-dir "$save" --json "$save/verify.json" --force
-"${PYTHON:-python}" "$(dirname "$0")/cifar10_table.py" "$save"
+"${PYTHON:-python}" "$(dirname "$0")/runs_table.py" "$save"

@@ -4,6 +4,7 @@ python benchmarks/report.py --engine benchmarks/results/engine.json --demo runs/
 
 <!-- bench:engine --> ... <!-- /bench:engine -->    from bench_engine.py's JSON
 <!-- seeds --> ... <!-- /seeds -->                  from digits_seeds.py's JSON
+<!-- images --> ... <!-- /images -->                from runs_table.py's JSON
 <!-- experiments --> ... <!-- /experiments -->      from experiments.py's JSON
 <!-- demo --> ... <!-- /demo -->                    from the demo's summary.json: "table" as a list of rows, or as
                                                     {"headers": [...], "rows": [[...]]}
@@ -16,12 +17,13 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import experiments
+import runs_table
 
 from mdsnn.kernels.errors import ConfigError, InputError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_text
@@ -258,6 +260,18 @@ def experiments_tables(document: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def images_table(document: dict[str, Any]) -> str:
+    """The table of runs_table.py's result, schema mdsnn.runs/1."""
+    if document.get("schema") != runs_table.SCHEMA:
+        raise InputError(f"schema {document.get('schema')!r} is not {runs_table.SCHEMA!r}")
+    try:
+        if not document["verify"]["agrees"]:
+            raise InputError("executors differ in it; find out why before anything is shown")
+        return runs_table.markdown(document).strip()
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise InputError(f"a {runs_table.SCHEMA} document lacks or misuses {fault}") from fault
+
+
 def _spread(values: list[float]) -> tuple[str, str, str]:
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return f"{100 * statistics.mean(values):.2f} %", f"{100 * error:.2f}", f"{100 * min(values):.2f} %"
@@ -274,30 +288,36 @@ def _from(path: str, make: Any) -> str:
     return text
 
 
+TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "engine": ("bench:engine", "bench_engine.py --json", engine_tables),
+    "demo": ("demo", "mdsnn demo, its summary.json", demo_table),
+    "seeds": ("seeds", "digits_seeds.py --json", seeds_table),
+    "images": ("images", "runs_table.py", images_table),
+    "experiments": ("experiments", "experiments.py --json", experiments_tables),
+}
+"""Option -> (marker, what wrote the JSON, the table of it)."""
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    for name, (_, source, _) in reversed(TABLES.items()):
+        command = click.option(f"--{name}", metavar="JSON", help=f"A result of {source}.")(command)
+    return command
+
+
 @click.command()
-@click.option("--engine", metavar="JSON", help="A result of bench_engine.py --json.")
-@click.option("--demo", metavar="JSON", help="The summary.json of `mdsnn demo`.")
-@click.option("--seeds", metavar="JSON", help="A result of digits_seeds.py --json.")
-@click.option("--experiments", "ablations", metavar="JSON", help="A result of experiments.py --json.")
+@_options
 @click.option("--readme", default=str(README), help="The file with the markers.  [default: the repository's README.md]")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if the file does not hold these tables.")
-def main(
-    engine: str | None, demo: str | None, seeds: str | None, ablations: str | None, readme: str, check: bool
-) -> None:
+def main(readme: str, check: bool, **results: str | None) -> None:
     """Write the tables of JSON results into README.md, between their markers."""
-    wanted = {
-        "bench:engine": (engine, engine_tables),
-        "demo": (demo, demo_table),
-        "seeds": (seeds, seeds_table),
-        "experiments": (ablations, experiments_tables),
-    }
-    if not any(path for path, _ in wanted.values()):
-        raise click.UsageError("nothing to write: name --engine, --demo, --seeds or --experiments")
+    given = {name: path for name, path in results.items() if path is not None}
+    if not given:
+        raise click.UsageError("nothing to write: name " + ", ".join(f"--{name}" for name in TABLES))
     try:
         text = read_bounded(readme, _LIMIT, what="README").decode("utf-8")
     except UnicodeDecodeError as fault:
         raise InputError(f"{readme}: is not UTF-8: {fault}") from fault
-    bodies = {name: _from(path, make) for name, (path, make) in wanted.items() if path is not None}
+    bodies = {TABLES[name][0]: _from(path, TABLES[name][2]) for name, path in given.items()}
     new = text
     for name, body in bodies.items():
         try:

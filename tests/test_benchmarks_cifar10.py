@@ -16,7 +16,7 @@ from PIL import Image
 from commands import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
-SCRIPT, TABLE = ROOT / "benchmarks" / "cifar10_gpu.sh", ROOT / "benchmarks" / "cifar10_table.py"
+SCRIPT, TABLE = ROOT / "benchmarks" / "cifar10_gpu.sh", ROOT / "benchmarks" / "runs_table.py"
 
 
 def script(*words: object) -> subprocess.CompletedProcess[str]:
@@ -59,14 +59,14 @@ def test_the_shortened_script_stops_goes_on_and_ends_with_a_table(tmp_path: Path
     assert sorted(os.listdir(out)) == ["teacher"]
     done = script(*words)
     assert done.returncode == 0, done.stderr
-    document = json.loads((out / "cifar10.json").read_text())
+    document = json.loads((out / "table.json").read_text())
     assert set(document["runs"]) == {"teacher", "baseline", "mdsnn"}
     assert document["runs"]["teacher"]["frozen_accuracy"] is None
     assert document["runs"]["mdsnn"]["frozen_accuracy"] is not None
     assert (document["verify"]["samples"], document["verify"]["differing"]) == (50, 0)
-    assert done.stdout.endswith((out / "cifar10.md").read_text())
+    assert done.stdout.endswith((out / "table.md").read_text())
     table = subprocess.run(
         [sys.executable, str(TABLE), str(out)], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
-    assert table.stdout == (out / "cifar10.md").read_text()
+    assert table.stdout == (out / "table.md").read_text()
     assert table.stdout.count("\n| ") == 3
