@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 import os
 from collections import deque
 from concurrent.futures import Future
@@ -52,7 +53,7 @@ STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
 METHODS = ("events, 8 bits", "events, 16 bits", "events, 32 bits", "pairs", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 12  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 13  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -63,11 +64,11 @@ _BLOCK = 64  # channels a fused convolution takes at a time
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
 _BAND_BYTES = 1 << 16  # sums of a band of events
-_SUM_BYTES = 1 << 17  # sums of a band of tiles
 _COLUMN_BYTES = 1 << 24  # largest row of 16-bit columns
 _INPUT_BYTES = 1 << 28  # largest input copied for tiles, or lists of one row: beyond, another method
 _TILE = 16  # outputs a tile holds
 _FILLED = 0.25  # tiles of spikes that are no fuller are slower than lists
+_PAIR = 32  # channels that tiles work on at a time
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
 _CELLS = 15  # MDSNN_CELLS of src/mdsnn.h
@@ -328,7 +329,7 @@ def _buckets(reach: _Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | 
     if not len(thresholds) or different > _BUCKETS:
         return None
     for shift in range(15, -1, -1):
-        base = int(thresholds[0]) >> shift << shift
+        base = (int(thresholds[0]) - 1) >> shift << shift  # below every threshold
         places = (thresholds - base) >> shift
         apart = int(np.count_nonzero(np.diff(places))) + 1 == different
         if not apart or int(places[-1]) >= _BUCKETS or reach.lo - base < -(2**15) or reach.hi - base >= 2**15:
@@ -437,6 +438,7 @@ class _Plan:
         }
         self._place()
         self.lifs = {lif.name: number for number, lif in enumerate(network.lifs)}
+        self.tiles = self._tiles([step.conv for _, step in self.steps if isinstance(step, _Group) and step.method == "tiles"])
         ops = [self._fused(step) if isinstance(step, _Group) else self._op(step) for _, step in self.steps]
         self.struct = self._struct(ops)
 
@@ -502,6 +504,13 @@ class _Plan:
         pointer = self.ffi.cast(f"const {ctype} *", self.ffi.from_buffer(packed)) if packed.size else self.ffi.NULL
         self.keep.append(packed)
         return pointer
+
+    def _tiles(self, convs: list[Conv]) -> dict[str, Any]:
+        """Weights for the tiles, those of one convolution behind those of the one before; where each begins."""
+        packed = [_pack_tiles(conv).reshape(-1) for conv in convs]
+        pointer = self._pointer("int8_t", np.concatenate([*packed, np.zeros(0, np.int8)]), np.int8)
+        ends = np.cumsum([0, *(len(weights) for weights in packed)])
+        return {conv.name: pointer + int(start) for conv, start in zip(convs, ends, strict=False)}
 
     def _op(self, node: Node) -> dict[str, Any]:
         """The fields of mdsnn_op for a node."""
@@ -611,14 +620,15 @@ class _Plan:
         if group.method == "pairs":
             return 2 * out_width * steps * _depth(conv), 0, 0, 0, 4 * row, after_bn
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
-        pitch = _up(c_in)
+        passes = {steps, self.network.timesteps % self.chunk or steps, 1}
+        tall = max(math.lcm(many, _TILE) for many in passes)  # rows of a group of tiles
         return (
-            (height + 2 * conv.padding) * columns * steps * pitch + _TILE * pitch,
+            (height + 2 * conv.padding) * columns * steps * _up(c_in) + tall * _BLOCK,
+            2 * _up(c_in) * conv.weight.shape[2] * kw * _PAIR if _four_bits(conv) else 0,
             0,
             0,
-            0,
-            band * self._tiles(group),
-            after_bn,
+            (4 * _PAIR + _BLOCK) * tall * 4,
+            tall * _BLOCK << self.stream_type,
         )
 
     def _steps(self, group: _Group) -> int:
@@ -631,18 +641,11 @@ class _Plan:
         across = (conv.weight.shape[3] - 1) // conv.stride + max(proof.shapes[conv.name][2], last + 1)
         return int((2 if _sums_fit(self.network, conv) else 4) * across * self._steps(group) * _BLOCK)
 
-    def _tiles(self, group: _Group) -> int:
-        """Bytes of the sums of an output row in whole tiles."""
-        across = -(-self.network.proof.shapes[group.conv.name][2] * self._steps(group) // _TILE)
-        return 4 * across * _TILE * _BLOCK
-
     def _band(self, group: _Group) -> int:
         """Output rows to work on at a time."""
         height = self.network.proof.shapes[group.conv.name][1]
-        if group.method == "pairs":
+        if group.method != "events":
             return 1
-        if group.method == "tiles":
-            return max(1, min(height, _SUM_BYTES // self._tiles(group)))
         lists = _list_bytes(group.conv, self.network.proof.shapes[group.conv.source][2], self._steps(group))
         return max(1, min(height, _LIST_BYTES // lists, _BAND_BYTES // self._events(group)))
 
@@ -658,7 +661,7 @@ class _Plan:
         flush, nibbles = 0, False
         match group.method:
             case "tiles":
-                method, packed = self.lib.MDSNN_TILES, self._pointer("int8_t", _pack_tiles(conv.weight), np.int8)
+                method, packed, nibbles = self.lib.MDSNN_TILES, self.tiles[conv.name], _four_bits(conv)
             case "pairs":
                 method, packed = self.lib.MDSNN_PAIRS, self._pointer("int16_t", _pack_pairs(conv), np.int16)
             case _:
@@ -836,11 +839,25 @@ def _pack_pairs(conv: Conv) -> Array:
     return padded.reshape(-1, _BLOCK, _depth(conv) // 2, 2).transpose(0, 2, 1, 3)
 
 
-def _pack_tiles(weight: Array) -> Array:
-    """(C_out, C_in, kh, kw) to [outs/64][4 tiles of 16 outs][ky][kx][ins/64][16][out 16][in 4], zeros as padding."""
-    c_out, c_in, kh, kw = weight.shape
-    padded = np.pad(weight, ((0, -c_out % _BLOCK), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
-    return padded.reshape(-1, 4, 16, -(-c_in // _BLOCK), 16, 4, kh, kw).transpose(0, 1, 6, 7, 3, 4, 2, 5)
+def _four_bits(conv: Conv) -> bool:
+    """Whether the weights fit four bits."""
+    return -8 <= int(conv.weight.min()) and int(conv.weight.max()) <= 7
+
+
+def _pack_tiles(conv: Conv) -> Array:
+    """(C_out, C_in, kh, kw) to [outs/32][ins/64][ky][kx][half][ins/4 16][out 16][in 4], zeros as padding.
+
+    Of 32 outputs the first half holds those of even number when counted in fours (see src/tiles.h). Weights of four bits
+    lie two a byte, the second half's in the upper four bits: no axis of halves then.
+    """
+    c_out, c_in, kh, kw = conv.weight.shape
+    padded = np.pad(conv.weight, ((0, -c_out % _PAIR), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
+    split = padded.reshape(-1, 4, 2, 4, -(-c_in // _BLOCK), 16, 4, kh, kw)  # out/32, fours/2, half, out of four, ...
+    weights = split.transpose(0, 4, 7, 8, 2, 5, 1, 3, 6)
+    if not _four_bits(conv):
+        return weights
+    packed: Array = weights[:, :, :, :, 0] & 15 | weights[:, :, :, :, 1] << 4
+    return packed
 
 
 def _slab_columns(weight: Array) -> Array:

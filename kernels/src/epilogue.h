@@ -183,21 +183,22 @@ static inline __attribute__((always_inline)) void NAME(epilogue_row)(const NAME(
 }
 
 static void NAME(epilogue_wide)(const frame *f, const mdsnn_op *op, const void *sums, int wide, int32_t *y_row, int y,
-                                int x, int pixels, int block);
+                                int x, int pixels, int first, int most);
 
-/* One block of 64 outputs of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide; y_row: room for them
- * in int16, for a bn that is not an affine one of 32 bits; in int32, for a stream of 32 bits. */
+/* At most `most` of 64 outputs from `first` on, of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide;
+ * y_row: room for them in int16, for a bn that is not an affine one of 32 bits; in int32, for a stream of 32 bits. */
 APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k,
-                                 const void *sums, int wide, int16_t *y_row, int y, int x, int pixels, int block)
+                                 const void *sums, int wide, int16_t *y_row, int y, int x, int pixels, int first,
+                                 int most)
 {
     if (f->plan->stream_type != MDSNN_I16) {
-        NAME(epilogue_wide)(f, op, sums, wide, (int32_t *)(void *)y_row, y, x, pixels, block);
+        NAME(epilogue_wide)(f, op, sums, wide, (int32_t *)(void *)y_row, y, x, pixels, first, most);
         return;
     }
     const mdsnn_op *bn = op->bn, *fire = op->fire;
-    int steps = steps_of(f, op), first = block * BLOCK;
+    int steps = steps_of(f, op);
     int channels = f->plan->values[fire ? fire->out : op->out].channels;
-    int here = channels - first < BLOCK ? channels - first : BLOCK;
+    int here = channels - first < most ? channels - first : most;
     const int adds = op->other >= 0, stores = op->out >= 0, fires = fire != 0;
     view other = {0}, out = {0}, spikes = {0};
     NAME(lanes) e;

@@ -63,7 +63,8 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
             }
             at = ticks_count(f, op, MDSNN_SUMS, at);
             for (int r = 0; r < rows; r++)
-                NAME(epilogue)(f, op, k, sums + r * sums_row + e.left * window, wide, y_row, y + r, 0, to.width, o);
+                NAME(epilogue)(f, op, k, sums + r * sums_row + e.left * window, wide, y_row, y + r, 0, to.width,
+                               o * BLOCK, BLOCK);
             at = ticks_count(f, op, MDSNN_EPILOGUE, at);
         }
     }
@@ -84,34 +85,11 @@ static void NAME(fused_pairs)(const frame *f, const mdsnn_op *op, const NAME(lif
         for (int o = part.out; o < part.end_out; o++) {
             NAME(pairs_row)(columns, rows, op->depth, op->weight + (ptrdiff_t)o * op->depth * BLOCK * 2, sums);
             at = ticks_count(f, op, MDSNN_SUMS, at);
-            NAME(epilogue)(f, op, k, sums, 1, y_row, y, 0, to.width, o);
+            NAME(epilogue)(f, op, k, sums, 1, y_row, y, 0, to.width, o * BLOCK, BLOCK);
             at = ticks_count(f, op, MDSNN_EPILOGUE, at);
         }
     }
 }
-
-#ifdef MDSNN_WITH_TILES
-static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
-{
-    view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
-    int steps = steps_of(f, op), outs = (to.channels + BLOCK - 1) / BLOCK;
-    int32_t *sums = (int32_t *)(f->work + op->work_sums);
-    int16_t *y_row = (int16_t *)(f->work + op->work_y);
-    int64_t at = ticks_start(f);
-    NAME(tiles) g = NAME(tiles_prepare)(op, &in, to.width, steps, f->call->scratch + op->work_input);
-    at = ticks_count(f, op, MDSNN_GATHER, at);
-    for (int y = 0; y < to.height; y += op->band) {
-        int rows = to.height - y < op->band ? to.height - y : op->band;
-        for (int o = 0; o < outs; o++) {
-            NAME(tiles_band)(op, &g, y, rows, op->weight + o * g.weights, sums);
-            at = ticks_count(f, op, MDSNN_SUMS, at);
-            for (int r = 0; r < rows; r++)
-                NAME(epilogue)(f, op, k, sums + r * g.sums_row, 1, y_row, y + r, 0, to.width, o);
-            at = ticks_count(f, op, MDSNN_EPILOGUE, at);
-        }
-    }
-}
-#endif
 
 /* How many parts a fused operation is cut into. */
 static int NAME(fused_parts)(const frame *f, const mdsnn_op *op)

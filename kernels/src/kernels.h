@@ -49,11 +49,11 @@
 
 #include "events.h"
 #include "pairs.h"
+#include "epilogue.h"
+#include "wide.h"
 #ifdef MDSNN_WITH_TILES
 #include "tiles.h"
 #endif
-#include "epilogue.h"
-#include "wide.h"
 #include "fused.h"
 #include "strain.h"
 

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 12 };
+enum mdsnn_version { MDSNN_CONTRACT = 13 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -121,11 +121,11 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t method;        /* enum mdsnn_method */
     int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4 */
-    int32_t nibbles;       /* events: 1: two weights a byte, which are unpacked slab by slab */
+    int32_t nibbles;       /* events, tiles: 1: two weights a byte, which are unpacked slab by slab */
     int32_t band;          /* output rows worked on at a time */
     int32_t depth;         /* pairs: inputs under a window, even */
     int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch */
-    int64_t work_slab;     /* events: a slab of weights, unpacked */
+    int64_t work_slab;     /* events: a slab of weights, unpacked;  tiles: two blocks of them */
     int64_t work_spots;    /* where the spikes of a few rows of the input are */
     int64_t work_starts;   /* where each column of a list begins */
     int64_t work_sums, work_y;

@@ -59,7 +59,8 @@ int mdsnn_supported(int isa)
                __builtin_cpu_supports("avx512vl");
 #if defined(MDSNN_X86_AMX)
     if (isa == MDSNN_AMX)
-        return mdsnn_supported(MDSNN_AVX512) && amx_granted();
+        return mdsnn_supported(MDSNN_AVX512) && __builtin_cpu_supports("avx512vnni") &&
+               __builtin_cpu_supports("gfni") && amx_granted();
 #endif
 #endif
     return 0;

@@ -1,33 +1,46 @@
-/* tiles.h: convolution of spikes or 8-bit codes by AMX; groups = 1, any window.
+/* tiles.h: convolution of spikes or 8-bit codes by AMX, and what follows it; groups = 1, any window.
  *
- * Definition: kernels/reference.py:conv2d. This file agrees with it bit for bit (tests/test_kernels_bit_exact.py);
- * where the two differ, this file is wrong. The plain twin is conv.h.
+ * Definition: kernels/reference.py:conv2d, bn_affine, residual_add, lif_step. This file agrees with them bit for bit
+ * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The plain twins are conv.h, bn.h, residual.h
+ * and lif.h.
  *
  * A tile is 16 rows of 64 bytes. Rows of the left operand are outputs of one row of the image, (x, t) with t innermost:
- * 4 pixels of 4 steps, say. For one tap and 64 inputs they lie a fixed distance apart, once the input has been copied
- * with its padding, and with a column in each residue class of the stride beside its own kind:
- *     input [y + padding][class][column][t][in, up to 64s]
+ * 4 pixels of 4 steps, say. For one tap and 64 inputs they lie side by side, once the input has been copied with its
+ * padding, and with a column in each residue class of the stride beside its own kind:
+ *     input [in/64][y + padding][class][column][t][in 64]
  * The right operand is 64 inputs of 16 outputs, four inputs side by side as the instruction wants them:
- *     weights [outs/64][4 tiles of 16 outs][ky][kx][ins/64][16][out 16][in 4]
- * Four tiles of outputs are summed at a time, so that a tile of weights, which may come from a far cache, is loaded once
- * for all of them.
+ *     weights [out/32][in/64][ky][kx][half 2][in/4 16][out 16][in 4]
+ * The first half holds the outputs 0-3, 8-11, 16-19 and 24-27 of its 32, the second half the others: vpackssdw of a row of
+ * each then gives 32 outputs in order.
+ *
+ * Weights of at most 4 bits lie two a byte, the second half in the upper four bits: [out/32][in/64][ky][kx][in/4 16][64].
+ * They are unpacked for 32 outputs at a time, while the products of the 32 before run. The weights of all layers lie one
+ * after the other in the order they are needed: those AHEAD bytes further are fetched from the far cache.
+ *
+ * A group of tiles holds whole pixels: one tile, if the steps divide 16. Two groups are summed at a time, by 32 outputs:
+ * each tile loaded is used twice. While the products of one pair of groups run, the sums of the pair before, still in the
+ * L1 cache, go through bn, residual add and LIF, a few pixels between two products: the matrix unit and the vector unit
+ * work side by side.
  *
  * The intrinsics of gcc do not say that they touch memory, hence the fences around them, and the configuration is
  * loaded by hand.
  */
 
 #define TILE 16
-#define AHEAD 4 /* tiles of weights to fetch ahead */
+#define PAIR 32
+#define AHEAD 262144
 #define FENCE() __asm__ volatile("" ::: "memory")
 
 typedef struct NAME(tiles) {
     const uint8_t *input;
-    ptrdiff_t row;      /* bytes of a row of the copied input */
-    ptrdiff_t class;    /* bytes of a residue class in it */
-    ptrdiff_t pitch;    /* bytes of a column at one step */
-    ptrdiff_t weights;  /* bytes of a block of 64 outputs */
-    ptrdiff_t sums_row; /* elements: a row's outputs, up to whole tiles, by 64 */
-    int ins, steps, across; /* blocks of 64 inputs; steps; tiles a row */
+    ptrdiff_t chunk;   /* bytes of 64 channels of the copied input */
+    ptrdiff_t row;     /* of a row of them */
+    ptrdiff_t class;   /* of a residue class of a row */
+    ptrdiff_t column;  /* of a pixel: its steps */
+    ptrdiff_t weights; /* of 32 outputs */
+    int chunks, steps;
+    int tall, pixels;  /* a group: so many tiles, so many pixels */
+    int across;        /* groups of a row */
 } NAME(tiles);
 
 static void NAME(tiles_begin)(void)
@@ -49,109 +62,494 @@ static void NAME(tiles_begin)(void)
 static void NAME(tiles_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
 /* Copies the input to `to` and says how it lies there. */
-APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, int out_width, int steps, uint8_t *to)
+APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, const view *out, int steps, uint8_t *to)
 {
     NAME(tiles) g;
     int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
-    int columns = out_width + (op->kernel_width - 1) / stride, rows = in->height + 2 * op->padding;
-    g.ins = (in->channels + BLOCK - 1) / BLOCK;
-    g.steps = steps;
-    g.across = (out_width * steps + TILE - 1) / TILE;
-    g.pitch = (ptrdiff_t)g.ins * BLOCK;
-    g.class = columns * steps * g.pitch;
-    g.row = classes * g.class;
-    g.weights = (ptrdiff_t)op->kernel_height * op->kernel_width * g.ins * BLOCK * BLOCK;
-    g.sums_row = (ptrdiff_t)g.across * TILE * BLOCK;
+    int columns = out->width + (op->kernel_width - 1) / stride, rows = in->height + 2 * op->padding;
+    int common = steps & -steps; /* greatest common divisor of steps and a tile's rows */
+    common = common < TILE ? common : TILE;
     g.input = to;
-    for (int y = 0; y < rows; y++) {
-        if (y % stride >= op->kernel_height)
-            continue; /* between the windows */
-        int from_y = y - op->padding, inside = from_y >= 0 && from_y < in->height;
-        if (stride == 1 && in->pitch == g.pitch && inside && columns == in->width + 2 * op->padding) {
-            size_t side = (size_t)(op->padding * steps * g.pitch), middle = (size_t)(in->width * steps * g.pitch);
-            uint8_t *at = to + y * g.row;
-            memset(at, 0, side);
-            memcpy(at + side, in->at + from_y * in->row, middle);
-            memset(at + side + middle, 0, side);
-            continue;
-        }
-        for (int class = 0; class < classes; class++)
-            for (int column = 0; column < columns; column++) {
-                uint8_t *at = to + y * g.row + class * g.class + column * steps * g.pitch;
-                int64_t from_x = (int64_t)column * stride + class - op->padding;
-                if (!inside || from_x < 0 || from_x >= in->width) {
-                    memset(at, 0, (size_t)(steps * g.pitch));
-                    continue;
+    g.chunks = (in->channels + BLOCK - 1) / BLOCK;
+    g.steps = steps;
+    g.column = (ptrdiff_t)steps * BLOCK;
+    g.class = columns * g.column;
+    g.row = classes * g.class;
+    g.chunk = rows * g.row;
+    g.weights = (ptrdiff_t)op->kernel_height * op->kernel_width * g.chunks * BLOCK * PAIR;
+    g.tall = steps / common;
+    g.pixels = TILE / common;
+    g.across = (out->width + g.pixels - 1) / g.pixels;
+    for (int c = 0; c < in->channels; c += BLOCK, to += g.chunk) {
+        size_t here = (size_t)(in->channels - c < BLOCK ? in->channels - c : BLOCK);
+        for (int y = 0; y < rows; y++) {
+            if (y % stride >= op->kernel_height)
+                continue; /* between the windows */
+            int from_y = y - op->padding, inside = from_y >= 0 && from_y < in->height;
+            for (int class = 0; class < classes; class++)
+                for (int column = 0; column < columns; column++) {
+                    uint8_t *at = to + y * g.row + class * g.class + column * g.column;
+                    int64_t from_x = (int64_t)column * stride + class - op->padding;
+                    if (!inside || from_x < 0 || from_x >= in->width) {
+                        memset(at, 0, (size_t)g.column);
+                        continue;
+                    }
+                    const uint8_t *from = in->at + from_y * in->row + from_x * in->pixel + c;
+                    if (here == BLOCK)
+                        for (int t = 0; t < steps; t++)
+                            memcpy(at + t * BLOCK, from + t * in->step, BLOCK);
+                    else
+                        for (int t = 0; t < steps; t++)
+                            memcpy(at + t * BLOCK, from + t * in->step, here);
                 }
-                const uint8_t *from = in->at + from_y * in->row + from_x * in->pixel;
-                if (in->pitch == g.pitch)
-                    memcpy(at, from, (size_t)(steps * g.pitch));
-                else
-                    for (int t = 0; t < steps; t++)
-                        memcpy(at + t * g.pitch, from + t * in->step, (size_t)in->channels);
-            }
+        }
     }
     return g;
 }
 
-/* Four tiles of outputs, whose inputs begin at `from`, by one of channels. */
-static inline void NAME(tiles_four)(const mdsnn_op *op, const NAME(tiles) *g, const uint8_t *const from[4],
-                                    const int8_t *weights)
+/* ------------------------------------------------------------------------------------------- bn, add, LIF */
+
+/* What the 32 channels from `first` on need after their sums. */
+typedef struct NAME(follow) {
+    const frame *f;
+    const mdsnn_op *op;
+    const NAME(lif_constants_i16) *k;
+    view other, out, spikes; /* each begins at channel `first` */
+    int steps, first;
+    int plain;     /* 1: a case for epilogue.h */
+    int16_t *room; /* its rows after bn */
+    int32_t *rows; /* its sums, in order, 64 to a step */
+    __m512i multiplier[2], offset[2], shift[2]; /* in the order of the sums */
+    __m512i bottom, top;
+    /* the LIF, on h + 2**15 without sign: a word is in bucket min(word - base, last) >> bucket, never below the first */
+    __m512i v_th, base, reset, last, bucket, threshold, decode, start;
+    const int32_t *table; /* or mdsnn_op.code_decode */
+} NAME(follow);
+
+enum { NAME(slots) = 2 * TILE }; /* pixels of two groups */
+
+/* A pair of groups whose sums are there; all pixels of one step come before the next step. */
+typedef struct NAME(batch) {
+    const NAME(follow) *e;
+    int slots;   /* its pixels, up to an even number by the last one again; 0: nothing to do */
+    int t, slot; /* what comes next */
+    const int32_t *sums[NAME(slots)]; /* [t][half][16] */
+    const int16_t *add[NAME(slots)];
+    int16_t *to[NAME(slots)];
+    uint8_t *s[NAME(slots)];
+    __m512i decoded[NAME(slots)];
+} NAME(batch);
+
+/* Step t of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is compiled
+ * for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds lie in
+ * buckets or, where `table` says so, in a table, nothing kept. e is a copy that stays in registers. */
+static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(follow) *e, NAME(batch) *batch, int slot,
+                                                                     int many, int narrow, int adds, int stores,
+                                                                     int fires, int table)
 {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int ky = 0; ky < op->kernel_height; ky++) {
-        int class = 0, column = 0;
-        for (int kx = 0; kx < op->kernel_width; kx++) {
-            ptrdiff_t tap = ky * g->row + class * g->class + column * g->steps * g->pitch;
-            for (ptrdiff_t i = tap; i < tap + g->pitch; i += BLOCK, weights += TILE * BLOCK) {
-                for (int line = 0; line < TILE; line++) /* a large layer's weights come from L3; beyond them: no harm */
-                    _mm_prefetch((const char *)weights + (AHEAD * TILE + line) * BLOCK, _MM_HINT_T0);
-                _tile_loadd(4, weights, BLOCK);
-                _tile_loadd(5, from[0] + i, g->pitch);
-                _tile_dpbssd(0, 5, 4);
-                _tile_loadd(6, from[1] + i, g->pitch);
-                _tile_dpbssd(1, 6, 4);
-                _tile_loadd(7, from[2] + i, g->pitch);
-                _tile_dpbssd(2, 7, 4);
-                _tile_loadd(5, from[3] + i, g->pitch);
-                _tile_dpbssd(3, 5, 4);
-            }
-            if (++class == op->stride) {
-                class = 0;
-                column++;
+    const int t = batch->t;
+    const ptrdiff_t add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
+#pragma GCC unroll 4
+    for (int j = slot; j < slot + many; j++) {
+        __m512i low = _mm512_loadu_si512(batch->sums[j] + (ptrdiff_t)t * PAIR);
+        __m512i high = _mm512_loadu_si512(batch->sums[j] + (ptrdiff_t)t * PAIR + TILE);
+        if (narrow) { /* multipliers are pairs of 16 bits, the second one 0 */
+            low = _mm512_dpwssd_epi32(e->offset[0], low, e->multiplier[0]);
+            high = _mm512_dpwssd_epi32(e->offset[1], high, e->multiplier[1]);
+        } else {
+            low = _mm512_add_epi32(_mm512_mullo_epi32(low, e->multiplier[0]), e->offset[0]);
+            high = _mm512_add_epi32(_mm512_mullo_epi32(high, e->multiplier[1]), e->offset[1]);
+        }
+        low = _mm512_srav_epi32(low, e->shift[0]);
+        high = _mm512_srav_epi32(high, e->shift[1]);
+        __m512i v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), e->bottom), e->top);
+        if (adds)
+            v = _mm512_add_epi16(v, _mm512_loadu_si512(batch->add[j] + add_at));
+        if (stores)
+            _mm512_storeu_si512(batch->to[j] + to_at, v);
+        if (fires) {
+            __m512i h = _mm512_add_epi16(v, t ? batch->decoded[j] : e->start);
+            __mmask32 still = _mm512_cmple_epu16_mask(h, e->v_th);
+            __m256i spikes = _mm256_mask_mov_epi8(_mm256_set1_epi8(1), still, _mm256_setzero_si256());
+            _mm256_storeu_si256((__m256i *)(batch->s[j] + s_at), spikes);
+            __m512i u = _mm512_mask_subs_epu16(e->reset, still, h, e->base);
+            u = _mm512_min_epu16(u, e->last);
+            if (table) {
+                const __m512i zero = _mm512_setzero_si512(); /* words apart and together again keep their order */
+                low = _mm512_i32gather_epi32(_mm512_unpacklo_epi16(u, zero), e->table, 4);
+                high = _mm512_i32gather_epi32(_mm512_unpackhi_epi16(u, zero), e->table, 4);
+                u = _mm512_packs_epi32(_mm512_srai_epi32(low, 16), _mm512_srai_epi32(high, 16));
+                batch->decoded[j] = _mm512_xor_si512(u, _mm512_set1_epi16((short)0x8000));
+            } else {
+                __m512i i = _mm512_srlv_epi16(u, e->bucket);
+                __mmask32 reached = _mm512_cmpge_epu16_mask(u, _mm512_permutexvar_epi16(i, e->threshold));
+                i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
+                batch->decoded[j] = _mm512_permutexvar_epi16(i, e->decode);
             }
         }
     }
 }
 
-/* sums [row][x, t up to whole tiles][64] of `rows` output rows from y on, for one block of outputs. */
-APART static void NAME(tiles_band)(const mdsnn_op *op, const NAME(tiles) *g, int y, int rows, const int8_t *weights,
-                             int32_t *sums)
+/* One step of the next four pixels, or two. */
+static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(follow) *e, NAME(batch) *batch, int narrow,
+                                                                    int adds, int stores, int fires, int table)
 {
-    int count = rows * g->across;
-    FENCE();
-    for (int n = 0; n < 4; n++, weights += g->weights / 4)
-        for (int i = 0; i < count; i += 4) {
-            const uint8_t *from[4];
-            int32_t *to[4];
-            for (int j = 0; j < 4; j++) { /* beyond the end: the last one again */
-                int at = i + j < count ? i + j : count - 1;
-                from[j] = g->input + (ptrdiff_t)(y + at / g->across) * op->stride * g->row +
-                          (ptrdiff_t)(at % g->across) * TILE * g->pitch;
-                to[j] = sums + (ptrdiff_t)at * TILE * BLOCK + n * TILE;
+    if (batch->slot + 4 <= batch->slots) {
+        NAME(follow_slots)(e, batch, batch->slot, 4, narrow, adds, stores, fires, table);
+        batch->slot += 4;
+    } else {
+        NAME(follow_slots)(e, batch, batch->slot, 2, narrow, adds, stores, fires, table);
+        batch->slot += 2;
+    }
+    if (batch->slot == batch->slots) {
+        batch->slot = 0;
+        if (++batch->t == e->steps)
+            batch->slots = 0;
+    }
+}
+
+/* Adds the `pixels` pixels of a group from (y, x) on. */
+static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int x, int pixels)
+{
+    const NAME(follow) *e = batch->e;
+    const int16_t *add = (const int16_t *)e->other.at + y * e->other.row + x * e->other.pixel;
+    int16_t *to = (int16_t *)e->out.at + y * e->out.row + x * e->out.pixel;
+    uint8_t *s = e->spikes.at + y * e->spikes.row + x * e->spikes.pixel;
+    ptrdiff_t sums_pixel = (ptrdiff_t)e->steps * PAIR;
+    for (int j = batch->slots; j < batch->slots + pixels; j++) {
+        batch->sums[j] = sums;
+        batch->add[j] = add;
+        batch->to[j] = to;
+        batch->s[j] = s;
+        sums += sums_pixel;
+        add += e->other.pixel;
+        to += e->out.pixel;
+        s += e->spikes.pixel;
+    }
+    batch->slots += pixels;
+}
+
+static void NAME(batch_end)(NAME(batch) *batch)
+{
+    int j = batch->slots;
+    if (j % 2) {
+        batch->sums[j] = batch->sums[j - 1];
+        batch->add[j] = batch->add[j - 1];
+        batch->to[j] = batch->to[j - 1];
+        batch->s[j] = batch->s[j - 1];
+        batch->slots++;
+    }
+}
+
+/* Any other case, by epilogue.h: the `pixels` pixels of a group from (y, x) on. */
+APART static void NAME(follow_plain)(const NAME(follow) *e, const int32_t *sums, int y, int x, int pixels)
+{
+    for (ptrdiff_t row = 0; row < (ptrdiff_t)pixels * e->steps; row++)
+        for (int c = 0; c < PAIR; c++)
+            e->rows[row * BLOCK + c] = sums[row * PAIR + (c & 4 ? TILE : 0) + c / 8 * 4 + c % 4];
+    NAME(epilogue)(e->f, e->op, e->k, e->rows, 1, e->room, y, x, pixels, e->first, PAIR);
+}
+
+static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
+{
+    const mdsnn_op *bn = op->bn, *fire = op->fire;
+    memset(e, 0, sizeof *e);
+    e->f = f;
+    e->op = op;
+    e->k = k;
+    e->steps = steps_of(f, op);
+    if (op->other >= 0)
+        e->other = view_of(f, op->other);
+    if (op->out >= 0)
+        e->out = view_of(f, op->out);
+    if (fire)
+        e->spikes = view_of(f, fire->out);
+    e->top = _mm512_set1_epi16((short)bn->saturation);
+    e->bottom = _mm512_set1_epi16((short)-bn->saturation);
+    const __m512i sign = _mm512_set1_epi16((short)0x8000);
+    e->v_th = _mm512_xor_si512((__m512i)k->v_th, sign);
+    e->start = _mm512_xor_si512((__m512i)k->decode_zero, sign);
+    if (fire && fire->buckets) {
+        int32_t last = (MDSNN_BUCKETS << fire->bucket_shift) - 1;
+        e->base = _mm512_xor_si512(k->bucket_base, sign);
+        e->reset = _mm512_subs_epu16(sign, e->base);
+        e->last = _mm512_set1_epi16((short)(last < UINT16_MAX ? last : UINT16_MAX));
+        e->bucket = _mm512_set1_epi16((short)fire->bucket_shift);
+        e->threshold = _mm512_sub_epi16(k->bucket_threshold, k->bucket_base);
+        e->decode = _mm512_xor_si512(k->bucket_decode, sign);
+    } else if (fire && fire->search == MDSNN_TABLE) {
+        e->base = _mm512_xor_si512(_mm512_set1_epi16((short)fire->code_base), sign);
+        e->reset = _mm512_subs_epu16(sign, e->base);
+        e->last = _mm512_set1_epi16((short)(fire->code_count - 1));
+        e->reset = _mm512_min_epu16(e->reset, e->last);
+        e->table = fire->code_decode;
+    }
+    e->plain = f->plan->stream_type != MDSNN_I16 || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
+               (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
+                         !(fire->buckets || fire->search == MDSNN_TABLE)));
+}
+
+/* Go to the channels from `first` on. */
+static void NAME(follow_channels)(NAME(follow) *e, int first)
+{
+    const mdsnn_op *bn = e->op->bn;
+    ptrdiff_t ahead = first - e->first;
+    e->first = first;
+    e->other.at += e->other.at ? ahead * 2 : 0;
+    e->out.at += e->out.at ? ahead * 2 : 0;
+    e->spikes.at += e->spikes.at ? ahead : 0;
+    if (e->plain)
+        return;
+    const __m512i half = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
+    const __m512i order[2] = {half, _mm512_add_epi32(half, _mm512_set1_epi32(4))};
+    for (int i = 0; i < 2; i++) {
+        e->multiplier[i] = _mm512_permutex2var_epi32(_mm512_loadu_si512(bn->multiplier + first), order[i],
+                                                     _mm512_loadu_si512(bn->multiplier + first + TILE));
+        e->offset[i] = _mm512_permutex2var_epi32(_mm512_loadu_si512(bn->offset_32 + first), order[i],
+                                                 _mm512_loadu_si512(bn->offset_32 + first + TILE));
+        e->shift[i] = _mm512_permutex2var_epi32(_mm512_loadu_si512(bn->shift_32 + first), order[i],
+                                                _mm512_loadu_si512(bn->shift_32 + first + TILE));
+        if (bn->short_product)
+            e->multiplier[i] = _mm512_and_si512(e->multiplier[i], _mm512_set1_epi32(0xFFFF));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ products */
+
+/* Weights of 32 outputs on their way to where the tiles read them. */
+typedef struct NAME(stream) {
+    const int8_t *from;
+    int8_t *to; /* packed weights only */
+    int left;   /* taps of 64 inputs */
+} NAME(stream);
+
+/* Unpacks the weights of one tap of 64 inputs. Each nibble keeps its sign: a product of bit matrices copies its top bit. */
+static inline void NAME(unpack)(NAME(stream) *next)
+{
+    const __m512i low = _mm512_set1_epi64(0x0102040808080808), high = _mm512_set1_epi64(0x1020408080808080);
+    for (int line = 0; line < TILE; line++) {
+        _mm_prefetch((const char *)next->from + AHEAD, _MM_HINT_T1);
+        __m512i both = _mm512_loadu_si512(next->from);
+        _mm512_storeu_si512(next->to, _mm512_gf2p8affine_epi64_epi8(both, low, 0));
+        _mm512_storeu_si512(next->to + TILE * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, high, 0));
+        next->from += BLOCK;
+        next->to += BLOCK;
+    }
+    next->to += TILE * BLOCK;
+    next->left--;
+}
+
+/* Fetches the weights of one tap of 64 inputs, for later. */
+static inline void NAME(fetch)(NAME(stream) *next)
+{
+    for (int line = 0; line < PAIR; line++)
+        _mm_prefetch((const char *)next->from + AHEAD + line * BLOCK, _MM_HINT_T1);
+    next->from += PAIR * BLOCK;
+    next->left--;
+}
+
+/* Two tiles of outputs by 32 channels, and what goes on between their products. */
+typedef struct NAME(job) {
+    const mdsnn_op *op;
+    const NAME(tiles) *g;
+    const uint8_t *from[2];
+    const int8_t *weights;
+    int first, end; /* rows of the window that meet the image */
+    int32_t *sums[2];
+    NAME(batch) *before;
+    NAME(stream) *next;
+    int products;         /* over which the rest is spread: */
+    int parts, parts_due; /* of `before` */
+    int taps, taps_due;   /* of `next` */
+} NAME(job);
+
+static inline __attribute__((always_inline)) void NAME(tiles_two)(NAME(job) *job, int follows, int narrow, int adds,
+                                                                  int stores, int fires, int table)
+{
+    const mdsnn_op *op = job->op;
+    const NAME(tiles) *g = job->g;
+    NAME(batch) *before = job->before;
+    const NAME(follow) e = *before->e;
+    const ptrdiff_t taps = (ptrdiff_t)op->kernel_width * PAIR * BLOCK;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < g->chunks; i++)
+        for (int ky = job->first; ky < job->end; ky++) {
+            const int8_t *w = job->weights + (i * op->kernel_height + ky) * taps;
+            int class = 0;
+            ptrdiff_t row = i * g->chunk + ky * g->row, column = 0;
+            for (int kx = 0; kx < op->kernel_width; kx++, w += PAIR * BLOCK) {
+                ptrdiff_t tap = row + class * g->class + column;
+                _tile_loadd(4, w, BLOCK);
+                _tile_loadd(6, job->from[0] + tap, BLOCK);
+                _tile_dpbssd(0, 6, 4);
+                _tile_loadd(5, w + TILE * BLOCK, BLOCK);
+                _tile_dpbssd(1, 6, 5);
+                _tile_loadd(7, job->from[1] + tap, BLOCK);
+                _tile_dpbssd(2, 7, 4);
+                _tile_dpbssd(3, 7, 5);
+                if (++class == op->stride) {
+                    class = 0;
+                    column += g->column;
+                }
+                if (follows) {
+                    job->parts_due += job->parts;
+                    if (job->parts_due >= job->products && before->slots) {
+                        job->parts_due -= job->products;
+                        NAME(follow_next)(&e, before, narrow, adds, stores, fires, table);
+                    }
+                }
+                job->taps_due += job->taps;
+                if (job->taps_due >= job->products && job->next->left) {
+                    job->taps_due -= job->products;
+                    if (op->nibbles)
+                        NAME(unpack)(job->next);
+                    else
+                        NAME(fetch)(job->next);
+                }
             }
-            NAME(tiles_four)(op, g, from, weights);
-            _tile_stored(0, to[0], BLOCK * sizeof *sums);
-            _tile_stored(1, to[1], BLOCK * sizeof *sums);
-            _tile_stored(2, to[2], BLOCK * sizeof *sums);
-            _tile_stored(3, to[3], BLOCK * sizeof *sums);
         }
+    _tile_stored(0, job->sums[0], PAIR * sizeof(int32_t));
+    _tile_stored(1, job->sums[0] + TILE, PAIR * sizeof(int32_t));
+    _tile_stored(2, job->sums[1], PAIR * sizeof(int32_t));
+    _tile_stored(3, job->sums[1] + TILE, PAIR * sizeof(int32_t));
     FENCE();
+}
+
+/* All tiles of two groups, then what is left of the batch before. */
+static inline __attribute__((always_inline)) void NAME(tiles_pair)(NAME(job) *job, int follows, int narrow, int adds,
+                                                                   int stores, int fires, int table)
+{
+    FENCE();
+    for (int tile = 0; tile < job->g->tall; tile++) {
+        NAME(tiles_two)(job, follows, narrow, adds, stores, fires, table);
+        for (int j = 0; j < 2; j++) {
+            job->from[j] += TILE * BLOCK;
+            job->sums[j] += TILE * PAIR;
+        }
+    }
+    const NAME(follow) e = *job->before->e;
+    while (follows && job->before->slots)
+        NAME(follow_next)(&e, job->before, narrow, adds, stores, fires, table);
+}
+
+#define MDSNN_PAIR(FUNCTION, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE)                                            \
+    APART static void NAME(FUNCTION)(NAME(job) *job)                                                                 \
+    {                                                                                                                \
+        NAME(tiles_pair)(job, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE);                                          \
+    }
+#define MDSNN_PAIRS(KIND, NARROW)                                                                                    \
+    MDSNN_PAIR(KIND##_store, 1, NARROW, 0, 1, 0, 0)                                                                  \
+    MDSNN_PAIR(KIND##_add_store, 1, NARROW, 1, 1, 0, 0)                                                              \
+    MDSNN_PAIR(KIND##_fire, 1, NARROW, 0, 0, 1, 0)                                                                   \
+    MDSNN_PAIR(KIND##_store_fire, 1, NARROW, 0, 1, 1, 0)                                                             \
+    MDSNN_PAIR(KIND##_add_fire, 1, NARROW, 1, 0, 1, 0)                                                               \
+    MDSNN_PAIR(KIND##_add_store_fire, 1, NARROW, 1, 1, 1, 0)                                                         \
+    MDSNN_PAIR(KIND##_table, 1, NARROW, 0, 0, 1, 1)                                                                   \
+    MDSNN_PAIR(KIND##_store_table, 1, NARROW, 0, 1, 1, 1)                                                             \
+    MDSNN_PAIR(KIND##_add_table, 1, NARROW, 1, 0, 1, 1)                                                               \
+    MDSNN_PAIR(KIND##_add_store_table, 1, NARROW, 1, 1, 1, 1)
+
+MDSNN_PAIR(pair_alone, 0, 0, 0, 0, 0, 0)
+MDSNN_PAIRS(pair_wide, 0)
+MDSNN_PAIRS(pair_narrow, 1)
+
+#undef MDSNN_PAIRS
+#undef MDSNN_PAIR
+
+static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
+{
+    static void (*const kinds[2][2][2][3])(NAME(job) *) = {
+        /* [narrow][adds][stores][no fire, by buckets, by table] */
+        {{{0, NAME(pair_wide_fire), NAME(pair_wide_table)},
+          {NAME(pair_wide_store), NAME(pair_wide_store_fire), NAME(pair_wide_store_table)}},
+         {{0, NAME(pair_wide_add_fire), NAME(pair_wide_add_table)},
+          {NAME(pair_wide_add_store), NAME(pair_wide_add_store_fire), NAME(pair_wide_add_store_table)}}},
+        {{{0, NAME(pair_narrow_fire), NAME(pair_narrow_table)},
+          {NAME(pair_narrow_store), NAME(pair_narrow_store_fire), NAME(pair_narrow_store_table)}},
+         {{0, NAME(pair_narrow_add_fire), NAME(pair_narrow_add_table)},
+          {NAME(pair_narrow_add_store), NAME(pair_narrow_add_store_fire), NAME(pair_narrow_add_store_table)}}},
+    };
+    view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
+    int64_t began = ticks_start(f);
+    NAME(tiles) g = NAME(tiles_prepare)(op, &in, &to, steps_of(f, op), f->call->scratch + op->work_input);
+    began = ticks_count(f, op, MDSNN_GATHER, began);
+    int32_t *sums = (int32_t *)(f->work + op->work_sums); /* of the pair at hand, and of the one before */
+    ptrdiff_t group = (ptrdiff_t)g.tall * TILE * PAIR;
+    NAME(follow) follow[2]; /* of the 32 channels at hand, and of those before */
+    NAME(follow_begin)(&follow[0], f, op, k);
+    follow[0].room = (int16_t *)(f->work + op->work_y);
+    follow[0].rows = sums + 4 * group;
+    follow[1] = follow[0];
+    NAME(batch) batches[2];
+    batches[0].slots = batches[1].slots = 0;
+    batches[1].e = &follow[1];
+    void (*pair)(NAME(job) *) = follow[0].plain ? NAME(pair_alone)
+        : kinds[op->bn->short_product != 0][op->other >= 0][op->out >= 0][!op->fire ? 0 : op->fire->buckets ? 1 : 2];
+    /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
+    int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
+    int taps = g.chunks * op->kernel_height * op->kernel_width, turn = 0;
+    int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way */
+    NAME(stream) next = {op->weight, unpacked, taps};
+    if (op->nibbles)
+        while (next.left)
+            NAME(unpack)(&next);
+    NAME(job) job = {.op = op, .g = &g, .next = &next};
+    for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
+        if (c)
+            follow[n] = follow[!n];
+        NAME(follow_channels)(&follow[n], c);
+        job.weights = op->nibbles ? unpacked + n * g.weights : op->weight + c / PAIR * g.weights;
+        next.to = unpacked + !n * g.weights;
+        next.left = !op->nibbles || c + PAIR < to.channels ? taps : 0;
+        for (int i = 0; i < pairs; i++, turn = !turn) {
+            NAME(batch) *now = &batches[turn];
+            now->e = &follow[n];
+            now->t = now->slot = now->slots = 0;
+            int first = op->kernel_height, end = 0, ys[2], xs[2], pixels[2];
+            for (int j = 0; j < 2; j++) {
+                int beside = i < side_by_side, k_th = beside ? i : 2 * (i - side_by_side) + j;
+                int y = k_th % to.height, x = (beside ? k_th / to.height * 2 + j : g.across - 1) * g.pixels;
+                int there = beside || k_th < to.height; /* else the last one again, for nothing */
+                y = there ? y : to.height - 1;
+                ys[j] = y;
+                xs[j] = x;
+                pixels[j] = !there ? 0 : to.width - x < g.pixels ? to.width - x : g.pixels;
+                job.sums[j] = sums + (2 * turn + j) * group;
+                job.from[j] = g.input + (ptrdiff_t)y * op->stride * g.row + x * g.column;
+                int above = op->padding - y * op->stride, below = in.height + op->padding - y * op->stride;
+                first = above < first ? above : first;
+                end = below > end ? below : end;
+            }
+            job.first = first < 0 ? 0 : first;
+            job.end = end > op->kernel_height ? op->kernel_height : end;
+            job.before = &batches[!turn];
+            job.products = g.chunks * (job.end - job.first) * op->kernel_width * g.tall;
+            job.parts = job.before->slots ? g.steps * ((job.before->slots + 3) / 4) : 0;
+            job.parts_due = job.taps_due = 0;
+            job.taps = (next.left + pairs - i - 1) / (pairs - i);
+            pair(&job);
+            for (int j = 0; j < 2; j++)
+                if (follow[0].plain)
+                    NAME(follow_plain)(&follow[n], sums + (2 * turn + j) * group, ys[j], xs[j], pixels[j]);
+                else
+                    NAME(batch_add)(now, sums + (2 * turn + j) * group, ys[j], xs[j], pixels[j]);
+            NAME(batch_end)(now);
+        }
+        while (op->nibbles && next.left)
+            NAME(unpack)(&next);
+    }
+    job.first = job.end = job.products = 0; /* no products: what is left */
+    job.before = &batches[!turn];
+    job.sums[0] = sums + 2 * turn * group;
+    job.sums[1] = job.sums[0] + group;
+    pair(&job);
+    ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
 
 #undef FENCE
 #undef TILE
+#undef PAIR
 #undef AHEAD

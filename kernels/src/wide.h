@@ -45,16 +45,16 @@ APART static void NAME(wide_bn)(const mdsnn_op *bn, const void *sums, int wide, 
         }
 }
 
-/* One block of 64 outputs of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide; y_row: room for as many
+/* At most `most` of 64 outputs from `first` on, of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide; y_row: room for as many
  * int32. The block's last vector may hold channels that are not there: what is computed of them is never read. */
 APART static void NAME(epilogue_wide)(const frame *f, const mdsnn_op *op, const void *sums, int wide, int32_t *y_row,
-                                      int y, int x, int pixels, int block)
+                                      int y, int x, int pixels, int first, int most)
 {
     const mdsnn_op *fire = op->fire;
     const int lanes = VECTOR_BYTES / 4;
-    int steps = steps_of(f, op), first = block * BLOCK;
+    int steps = steps_of(f, op);
     int channels = f->plan->values[fire ? fire->out : op->out].channels;
-    int here = channels - first < BLOCK ? channels - first : BLOCK;
+    int here = channels - first < most ? channels - first : most;
     NAME(wide_bn)(op->bn, sums, wide, (ptrdiff_t)pixels * steps, first, here, y_row);
     if (op->other >= 0) {
         view other = view_of(f, op->other);
