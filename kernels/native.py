@@ -438,7 +438,8 @@ class _Plan:
         }
         self._place()
         self.lifs = {lif.name: number for number, lif in enumerate(network.lifs)}
-        self.tiles = self._tiles([step.conv for _, step in self.steps if isinstance(step, _Group) and step.method == "tiles"])
+        fused = [step for _, step in self.steps if isinstance(step, _Group)]
+        self.tiles = self._tiles([group.conv for group in fused if group.method == "tiles"])
         ops = [self._fused(step) if isinstance(step, _Group) else self._op(step) for _, step in self.steps]
         self.struct = self._struct(ops)
 
@@ -507,10 +508,14 @@ class _Plan:
 
     def _tiles(self, convs: list[Conv]) -> dict[str, Any]:
         """Weights for the tiles, those of one convolution behind those of the one before; where each begins."""
-        packed = [_pack_tiles(conv).reshape(-1) for conv in convs]
-        pointer = self._pointer("int8_t", np.concatenate([*packed, np.zeros(0, np.int8)]), np.int8)
-        ends = np.cumsum([0, *(len(weights) for weights in packed)])
-        return {conv.name: pointer + int(start) for conv, start in zip(convs, ends, strict=False)}
+        packed = {conv.name: _pack_tiles(conv).reshape(-1) for conv in convs}
+        pointer = self._pointer("int8_t", np.concatenate([*packed.values(), np.zeros(0, np.int8)]), np.int8)
+        begins = {}
+        for name, weights in packed.items():
+            begins[name] = pointer
+            pointer = pointer + len(weights)
+            self.weight_bytes[name] = weights.nbytes
+        return begins
 
     def _op(self, node: Node) -> dict[str, Any]:
         """The fields of mdsnn_op for a node."""
@@ -673,7 +678,8 @@ class _Plan:
                 codes = _pack_events(conv, vector, biased)
                 nibbles = not biased and int(np.abs(codes).max()) < 8
                 packed = self._pointer("int8_t", _pack_nibbles(codes) if nibbles else codes, np.int8)
-        self.weight_bytes[conv.name] = self.keep[-1].nbytes
+        if group.method != "tiles":
+            self.weight_bytes[conv.name] = self.keep[-1].nbytes
         work_input, slab, spots, starts, sums, y = (item.offset for item in self.work[conv.name])
         return {
             "kind": self.lib.MDSNN_FUSED,

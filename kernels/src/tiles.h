@@ -324,7 +324,7 @@ typedef struct NAME(stream) {
 } NAME(stream);
 
 /* Unpacks the weights of one tap of 64 inputs. Each nibble keeps its sign: a product of bit matrices copies its top bit. */
-static inline void NAME(unpack)(NAME(stream) *next)
+static inline void NAME(unpack_tap)(NAME(stream) *next)
 {
     const __m512i low = _mm512_set1_epi64(0x0102040808080808), high = _mm512_set1_epi64(0x1020408080808080);
     for (int line = 0; line < TILE; line++) {
@@ -405,7 +405,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_two)(NAME(job) *job
                 if (job->taps_due >= job->products && job->next->left) {
                     job->taps_due -= job->products;
                     if (op->nibbles)
-                        NAME(unpack)(job->next);
+                        NAME(unpack_tap)(job->next);
                     else
                         NAME(fetch)(job->next);
                 }
@@ -495,7 +495,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(stream) next = {op->weight, unpacked, taps};
     if (op->nibbles)
         while (next.left)
-            NAME(unpack)(&next);
+            NAME(unpack_tap)(&next);
     NAME(job) job = {.op = op, .g = &g, .next = &next};
     for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
         if (c)
@@ -539,7 +539,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             NAME(batch_end)(now);
         }
         while (op->nibbles && next.left)
-            NAME(unpack)(&next);
+            NAME(unpack_tap)(&next);
     }
     job.first = job.end = job.products = 0; /* no products: what is left */
     job.before = &batches[!turn];
