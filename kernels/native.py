@@ -847,14 +847,14 @@ def _pack_pairs(conv: Conv) -> Array:
 
 def _four_bits(conv: Conv) -> bool:
     """Whether the weights fit four bits."""
-    return -8 <= int(conv.weight.min()) and int(conv.weight.max()) <= 7
+    return int(conv.weight.min()) >= -8 and int(conv.weight.max()) <= 7
 
 
 def _pack_tiles(conv: Conv) -> Array:
     """(C_out, C_in, kh, kw) to [outs/32][ins/64][ky][kx][half][ins/4 16][out 16][in 4], zeros as padding.
 
-    Of 32 outputs the first half holds those of even number when counted in fours (see src/tiles.h). Weights of four bits
-    lie two a byte, the second half's in the upper four bits: no axis of halves then.
+    Of 32 outputs the first half holds those of even number when counted in fours (see src/tiles.h). Weights of four
+    bits lie two a byte, the second half's in the upper four bits: no axis of halves then.
     """
     c_out, c_in, kh, kw = conv.weight.shape
     padded = np.pad(conv.weight, ((0, -c_out % _PAIR), (0, -c_in % _BLOCK), (0, 0), (0, 0)))

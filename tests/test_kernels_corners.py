@@ -100,9 +100,33 @@ def test_bands_that_do_not_divide_the_height(
     nodes += [affine("bn2", "conv", c_out, rng, 4), lif("lif2", "bn2", rng)]
     across = (width + 2 * padding - 3) // stride + 1
     monkeypatch.setattr(native, "_LIST_BYTES", native._list_bytes(nodes[-3], width, steps) * band)  # type: ignore[arg-type]
-    monkeypatch.setattr(native, "_SUM_BYTES", 4 * -(-across * steps // 16) * 16 * 64 * band)
     network = close([*nodes, Flatten("flat", "lif2")], spec, c_out * height * across, steps)
     check(network, rng.integers(0, 256, (2, 2, rows, width), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("membrane_bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("steps", "size"), [(1, 17), (4, 9), (5, 8), (12, 4), (16, 3), (19, 3), (20, 4)])
+def test_groups_of_tiles(
+    name: str, steps: int, size: int, bits: int, membrane_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that do and do not divide a tile's rows, a last pass of few steps, an odd number of groups in a row; a
+    residual block whose stream is kept, weights packed or not, thresholds in buckets or in a table. Without a trace too.
+    """
+    rng = np.random.default_rng([steps, size, bits, membrane_bits])
+    channels, top = 70, 2 ** (bits - 1) - 1
+    nodes = head(channels, 2, rng, dense=False)
+    stream = "bn"
+    for block in ("a", "b"):
+        weight = rng.integers(-top, top + 1, (channels, channels, 3, 3))
+        nodes += [Conv(f"{block} conv", nodes[-1].name, weight, bits, 1, 1)]
+        nodes += [affine(f"{block} bn", f"{block} conv", channels, rng, 4), Add(f"{block} add", f"{block} bn", stream)]
+        stream = nodes[-1].name
+        nodes += [lif(f"{block} lif", stream, rng, membrane_bits)]
+    network = close([*nodes, Flatten("flat", "b lif")], InputSpec(2, size, size), channels * size * size, steps)
+    pixels = rng.integers(0, 256, (2, 2, size, size), np.uint8)
+    check(network, pixels, name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ENGINES)
