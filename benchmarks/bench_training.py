@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -238,10 +237,18 @@ def peak_memory(name: str, quick: bool, batch: int) -> int:
 def _peak(name: str, work: Workload) -> int:
     model, step = CONTENDERS[name][1](work)
     optimizer = _optimizer(model.train())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     for _ in range(2):
         _turn(model, step, optimizer)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    """Bytes of this process's largest resident set so far; getrusage's would begin with that of its parent."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/self/status names no VmHWM: peak memory is measured on Linux only")
 
 
 def quotient(turns: dict[str, list[dict[str, float]]], over: str, under: str, what: str) -> float:

@@ -126,19 +126,21 @@ class Neuron(NamedTuple):
 
 
 @cache
-def _full_precision(soft: bool) -> Callable[..., Any]:
+def _full_precision(soft: bool, keep: bool) -> Callable[..., Any]:
     def loop(x: Floats, h: Floats, s: Floats, tau: Any, v_th: Any, begin: int, end: int) -> None:
         u = np.empty(_BLOCK, np.float32)
         for start in range(begin, end, _BLOCK):
             count = min(_BLOCK, end - start)
             u[:] = _ZERO
             for t in range(s.shape[0]):
-                x_t, h_t, s_t = x[t % x.shape[0]], h[t % h.shape[0]], s[t]
+                stop = start + count
+                x_t, h_t, s_t = x[t % x.shape[0]][start:stop], h[t % h.shape[0]][start:stop], s[t][start:stop]
                 for i in range(count):
-                    membrane = tau * u[i] + x_t[start + i]
+                    membrane = tau * u[i] + x_t[i]
                     fired = _ONE if membrane - v_th > _ZERO else _ZERO
-                    h_t[start + i] = membrane
-                    s_t[start + i] = fired
+                    if keep:
+                        h_t[i] = membrane
+                    s_t[i] = fired
                     u[i] = membrane - v_th * fired if soft else membrane * (_ONE - fired)
 
     return _njit(loop)
@@ -169,49 +171,64 @@ def _quantized_step(soft: bool) -> Callable[..., Any]:
 
 
 @cache
+def _slope(rectangle: bool) -> Callable[..., Any]:
+    """The surrogate's gradient at z = h - v_th."""
+
+    def rectangular(z: Any, gamma: Any, width: Any) -> Any:
+        return gamma * (_ONE if abs(z) < width else _ZERO)
+
+    def triangular(z: Any, gamma: Any, width: Any) -> Any:
+        slope = _ONE - abs(z) / width
+        return gamma * (_ZERO if slope < _ZERO else slope)
+
+    return _njit(rectangular if rectangle else triangular)
+
+
+@cache
 def _backward(soft: bool, detach: bool, rectangle: bool, quantized: bool, tapped: bool) -> Callable[..., Any]:
+    slope = _slope(rectangle)
+
     def loop(
         h: Floats, squashed: Floats, scales: Floats, gs: Floats, gh: Floats, gx: Floats,
         tau: Any, v_th: Any, gamma: Any, width: Any, begin: int, end: int,
     ) -> None:  # fmt: skip
-        gu = np.empty(_BLOCK, np.float32)
+        gu, found = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
         last = gs.shape[0] - 1
         for start in range(begin, end, _BLOCK):
             count = min(_BLOCK, end - start)
+            stop = start + count
             for t in range(last, -1, -1):
-                h_t, gs_t, gh_t, gx_t = h[t], gs[t], gh[t % gh.shape[0]], gx[t % gx.shape[0]]
-                q_t, alpha = squashed[t % squashed.shape[0]], scales[t]
-                first = t == last or gx.shape[0] > 1
-                for i in range(count):
-                    j = start + i
-                    z = h_t[j] - v_th
-                    away = abs(z)
-                    if rectangle:
-                        slope = gamma * (_ONE if away < width else _ZERO)
-                    else:
-                        slope = _ONE - away / width
-                        slope = gamma * (_ZERO if slope < _ZERO else slope)
-                    g_spike = gs_t[j]
-                    g = gh_t[j] if tapped else _ZERO
-                    if t < last:  # the state after the last step reaches nothing
+                h_t, gs_t, gh_t = h[t][start:stop], gs[t][start:stop], gh[t % gh.shape[0]][start:stop]
+                q_t, alpha = squashed[t % squashed.shape[0]][start:stop], scales[t]
+                gx_t, first = gx[t % gx.shape[0]][start:stop], t == last or gx.shape[0] > 1
+                out = gx_t if first else found
+                # two loops, each without a branch: LLVM makes vectors of them
+                if t == last:  # the state after the last step reaches nothing
+                    for i in range(count):
+                        g = gs_t[i] * slope(h_t[i] - v_th, gamma, width)
+                        g = gh_t[i] + g if tapped else g
+                        out[i] = g
+                        gu[i] = g * tau
+                else:
+                    for i in range(count):
+                        z = h_t[i] - v_th
                         gv = gu[i]
                         if quantized:
-                            q = q_t[j]
+                            q = q_t[i]
                             gv = gv * (_ONE - q * q) * (_ONE if abs(q) <= alpha else _ZERO)
                         if soft:
                             kept = gv
                             g_reset = gv * v_th
                         else:
                             kept = gv * (_ONE - (_ONE if z > _ZERO else _ZERO))
-                            g_reset = gv * h_t[j]
-                        if not detach:
-                            g_spike = g_spike - g_reset
-                        g = g + kept if tapped else kept
-                        g = g + g_spike * slope
-                    else:
-                        g = g + g_spike * slope if tapped else g_spike * slope
-                    gx_t[j] = g if first else gx_t[j] + g
-                    gu[i] = g * tau
+                            g_reset = gv * h_t[i]
+                        g_spike = gs_t[i] if detach else gs_t[i] - g_reset
+                        g = (gh_t[i] + kept if tapped else kept) + g_spike * slope(z, gamma, width)
+                        out[i] = g
+                        gu[i] = g * tau
+                if not first:
+                    for i in range(count):
+                        gx_t[i] += found[i]
 
     return _njit(loop)
 
@@ -222,7 +239,7 @@ def lif_forward(
     """All `steps` steps of a LIF layer, as neurons.lif_step from a state of 0.
 
     x        [T', N, C, H, W], T' = steps or 1 (the same input at every step); dense
-    keep     whether h is wanted of every step, else memory for one is made
+    keep     whether h is wanted of every step; else, at full precision, what stands in its place is undefined
     scale    the quantizer's alpha of a step, from the largest |u| of that step; None at full precision
     peaks    gets the largest |u| of every step, where the membrane is quantized
     returns  s, h [T, ...] in the memory order of x; tanh of u before it was rounded (None at full precision); alphas
@@ -231,7 +248,7 @@ def lif_forward(
     xs, ss, hs = rows(x), rows(s), rows(h)
     tau, v_th, size = np.float32(neuron.tau), np.float32(neuron.v_th), xs.shape[1]
     if scale is None:
-        full = _full_precision(neuron.soft)
+        full = _full_precision(neuron.soft, keep)
         _over(size, partial(full, xs, hs, ss, tau, v_th))
         return s, h, None, []
     squashed = like(x, steps if keep else 1)
