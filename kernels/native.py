@@ -17,6 +17,7 @@ import logging
 import math
 import os
 from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -978,6 +979,25 @@ def strain(isa_level: str, work: str, size: int, rounds: int) -> int:
     return int(module.lib.mdsnn_strain(ISA_LEVELS.index(isa_level), kind, start, size, rounds))
 
 
+class _Counts(Mapping[str, npt.NDArray[np.int64]]):
+    """Counters of a run by name: rows of one array, made when they are asked for."""
+
+    __slots__ = ("_counts", "_rows")
+
+    def __init__(self, counts: npt.NDArray[np.int64], rows: Mapping[str, int]) -> None:
+        self._counts, self._rows = counts, rows
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.int64]:
+        row: npt.NDArray[np.int64] = self._counts[self._rows[name]]
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 class NativeBackend:
     """A network ready to run in C. Immutable: calls may run side by side.
 
@@ -996,30 +1016,30 @@ class NativeBackend:
         self._plan = _Plan(network, ISA_LEVELS.index(self.isa))
         self._neurons = {lif.name: int(np.prod(network.proof.shapes[lif.name])) for lif in network.lifs}
         rows = self._plan.counters
-        self._spikes_out = [(lif.name, rows[lif.name]) for lif in network.lifs]
-        self._spikes_in = [
-            (node.name, rows[node.source]) for node in network.nodes if isinstance(node, Conv | Linear | Readout)
-        ]
+        self._spikes_out = {lif.name: rows[lif.name] for lif in network.lifs}
+        readers = (node for node in network.nodes if isinstance(node, Conv | Linear | Readout))
+        self._spikes_in = {node.name: rows[node.source] for node in readers}
+        # a product of tiles is one thread's: where there are some, calling others costs more than they take over
+        methods = {METHODS[self._plan.struct.ops[at].method] for at in range(len(self._plan.steps))}
+        self._parts = 1 if "tiles" in methods else _PARTS
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[npt.NDArray[np.uint8]] = deque(maxlen=64)
 
     def run(self, pixels: npt.NDArray[np.uint8], trace: bool, threads: int = 1) -> Result:
         """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W], each sample by up to `threads` threads."""
-        parts = min(threads, _PARTS)
+        parts = min(threads, self._parts)
         arena = self._take(parts)
         try:
-            state = arena[self._plan.scratch_bytes :]
-            return self._call(pixels, self.network.timesteps, True, state, 0, arena, trace, parts)
+            return self._call(pixels, self.network.timesteps, arena, trace, parts)
         finally:
             self._scratch.append(arena)
 
     def timed(self, pixels: npt.NDArray[np.uint8]) -> tuple[Result, npt.NDArray[np.int64]]:
         """A run on one thread, and where its time went: ticks of each of `operations` in each stage of STAGES."""
         times = np.zeros((len(self._plan.steps), len(STAGES)), np.int64)
-        arena, plan = self._take(), self._plan
+        arena = self._take()
         try:
-            state = arena[plan.scratch_bytes :]
-            return self._call(pixels, self.network.timesteps, True, state, 0, arena, False, times=times), times
+            return self._call(pixels, self.network.timesteps, arena, False, times=times), times
         finally:
             self._scratch.append(arena)
 
@@ -1053,29 +1073,34 @@ class NativeBackend:
         self,
         pixels: npt.NDArray[np.uint8],
         steps: int,
-        fresh: bool,
-        state: npt.NDArray[np.uint8],
-        state_pitch: int,
         arena: npt.NDArray[np.uint8],
         trace: bool,
         parts: int = 1,
         times: npt.NDArray[np.int64] | None = None,
+        state: tuple[npt.NDArray[np.uint8], bool] | None = None,
     ) -> Result:
+        """Run `steps` timesteps. `state`: what earlier steps left of every sample, and whether it is fresh; None: the
+        arena's own, fresh for every sample."""
+        # Little Python: between two calls the weights push it out of the caches, and each line of it is read anew.
         plan, ffi, network = self._plan, self._plan.ffi, self.network
+        pointer = ffi.from_buffer
         samples = pixels.shape[-4]
         logits = np.empty((samples, network.classes), np.int32)
         counts = np.zeros((len(plan.counters), steps), np.int64)
         call = ffi.new("mdsnn_call *")
-        call.pixels = ffi.cast("const uint8_t *", pixels.ctypes.data)
+        call.pixels = pointer("uint8_t[]", pixels)
         call.pixel_step = pixels.strides[0] if pixels.ndim == 5 else 0
-        call.samples, call.steps, call.fresh, call.state_pitch = samples, steps, int(fresh), state_pitch
-        call.state = ffi.cast("uint8_t *", state.ctypes.data)
-        call.scratch = ffi.cast("uint8_t *", arena.ctypes.data)
-        call.work = call.scratch + plan.scratch_bytes + plan.state_bytes
-        call.logits = ffi.cast("int32_t *", logits.ctypes.data)
-        call.counts = ffi.cast("int64_t *", counts.ctypes.data)
+        call.samples, call.steps = samples, steps
+        call.scratch = scratch = pointer("uint8_t[]", arena)
+        call.work = scratch + (plan.scratch_bytes + plan.state_bytes)
+        if state is None:
+            call.state, call.fresh = scratch + plan.scratch_bytes, 1
+        else:
+            call.state, call.fresh, call.state_pitch = pointer("uint8_t[]", state[0]), int(state[1]), plan.state_bytes
+        call.logits = pointer("int32_t[]", logits)
+        call.counts = pointer("int64_t[]", counts)
         if times is not None:
-            call.times = ffi.cast("int64_t *", times.ctypes.data)
+            call.times = pointer("int64_t[]", times)
         lifs: dict[str, LifTrace] = {}
         if trace:
             for lif in network.lifs:
@@ -1084,16 +1109,15 @@ class NativeBackend:
                     np.empty(shape, np.int32), np.empty(shape, np.uint8), np.empty(shape, np.int8)
                 )
             traced = lifs.values()
-            h = ffi.new("int32_t *[]", [ffi.cast("int32_t *", lif.h.ctypes.data) for lif in traced])
-            s = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", lif.s.ctypes.data) for lif in traced])
-            q = ffi.new("int8_t *[]", [ffi.cast("int8_t *", lif.q.ctypes.data) for lif in traced])
+            h = ffi.new("int32_t *[]", [pointer("int32_t[]", lif.h) for lif in traced])
+            s = ffi.new("uint8_t *[]", [pointer("uint8_t[]", lif.s) for lif in traced])
+            q = ffi.new("int8_t *[]", [pointer("int8_t[]", lif.q) for lif in traced])
             call.trace_h, call.trace_s, call.trace_q = h, s, q
         helpers = self._help(call, parts) if parts > 1 else []
         plan.lib.mdsnn_run(plan.struct, plan.level, call)
         for helper in helpers:
             helper.cancel()  # one that runs finds that the call has ended
-        spikes_in = {name: counts[row] for name, row in self._spikes_in}
-        spikes_out = {name: counts[row] for name, row in self._spikes_out}
+        spikes_out, spikes_in = _Counts(counts, self._spikes_out), _Counts(counts, self._spikes_in)
         activity = Activity(samples, self._neurons, spikes_out, spikes_in)
         return Result(logits, activity, Trace(lifs, logits) if trace else None)
 
@@ -1108,8 +1132,7 @@ class NativeBackend:
 class _NativeState:
     def __init__(self, backend: NativeBackend, samples: int) -> None:
         self._backend = backend
-        self._pitch = backend._plan.state_bytes
-        self._state = _arena(samples * self._pitch)
+        self._state = _arena(samples * backend._plan.state_bytes)
         self._fresh = True
 
     def step(self, frame: npt.NDArray[np.uint8]) -> Result:
@@ -1117,7 +1140,7 @@ class _NativeState:
         backend = self._backend
         arena = backend._take()
         try:
-            result = backend._call(frame, 1, self._fresh, self._state, self._pitch, arena, True)
+            result = backend._call(frame, 1, arena, True, state=(self._state, self._fresh))
         finally:
             backend._scratch.append(arena)
         self._fresh = False

@@ -135,7 +135,7 @@ class _Image:
         activity, lifs = case.answer.activity, case.answer.trace.lifs
         counts = np.zeros((len(plan.counters), network.timesteps), np.int64)
         for rows, known in ((backend._spikes_in, activity.spikes_in), (backend._spikes_out, activity.spikes_out)):
-            for name, row in rows:
+            for name, row in rows.items():
                 counts[row] = known[name]
         traces = self.table(
             (
