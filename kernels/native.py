@@ -44,6 +44,7 @@ from .network import (
     Requantize,
     SumPool,
 )
+from .reference import lif_step
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
 METHODS = ("events, 8 bits", "events, 16 bits", "events, 32 bits", "pairs", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 13  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 14  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -73,6 +74,7 @@ _PAIR = 32  # channels that tiles work on at a time
 _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
 _CELLS = 15  # MDSNN_CELLS of src/mdsnn.h
+_PATTERN = 8  # steps whose spikes a byte holds
 _FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
 _REPORT = "please report it with the output of `mdsnn doctor`"
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
@@ -366,6 +368,16 @@ def _cells(reach: _Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None
     return None
 
 
+def _patterns(lif: Lif, x: Array, steps: int) -> Array:
+    """Bit t: whether a LIF that gets x at every step fires at step t. Three more entries, for reads of four bytes."""
+    patterns, q = np.zeros(len(x) + 3, np.int64), np.zeros(len(x), np.int64)
+    options = (lif.bits, lif.v_th, lif.reset, lif.v_soft, lif.quantize, lif.q_th)
+    for t in range(steps):
+        _, s, q = lif_step(x, q, lif.decode, lif.thresholds, *options)
+        patterns[: len(x)] |= s << t
+    return patterns
+
+
 def _narrow_stream(network: IntegerNetwork) -> bool:
     """Whether every stream value, membrane and membrane constant fits 16 bits."""
     proof = network.proof
@@ -633,7 +645,7 @@ class _Plan:
             2 * _up(c_in) * conv.weight.shape[2] * kw * _PAIR if _four_bits(conv) else 0,
             0,
             0,
-            (4 * _PAIR + _BLOCK) * tall * 4,
+            (8 * _PAIR + _BLOCK) * tall * 4,
             tall * _BLOCK << self.stream_type,
         )
 
@@ -749,6 +761,11 @@ class _Plan:
             fields.update(
                 {name: self._pointer("int16_t", table, np.int16) for name, table in zip(names, tables, strict=True)}
             )
+        if self.network.proof.static[node.source] and self.network.timesteps <= _PATTERN:
+            lo, hi = self.network.proof.ranges[node.source]
+            if hi - lo < _TABLE:
+                patterns = _patterns(node, np.arange(lo, hi + 1), self.network.timesteps)
+                fields.update(pattern=self._pointer("uint8_t", patterns, np.uint8), pattern_first=lo)
         cells = _cells(reach, node) if self.stream_type == _I16 else None
         if cells is not None:
             base, span, factor, *tables = cells

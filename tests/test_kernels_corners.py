@@ -107,11 +107,15 @@ def test_bands_that_do_not_divide_the_height(
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("membrane_bits", [4, 8])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("steps", "size"), [(1, 17), (4, 9), (5, 8), (12, 4), (16, 3), (19, 3), (20, 4)])
+@pytest.mark.parametrize(
+    ("steps", "size"),
+    [(1, 17), (2, 4), (4, 3), (4, 4), (4, 9), (5, 8), (12, 4), (16, 2), (16, 3), (19, 3), (20, 4)],
+)
 def test_groups_of_tiles(
     name: str, steps: int, size: int, bits: int, membrane_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps that do and do not divide a tile's rows, a last pass of few steps, an odd number of groups in a row; a
+    """Steps that do and do not divide a tile's rows, a last pass of few steps, an odd number of groups in a row, three and four
+    groups in all; a
     residual block whose stream is kept, weights packed or not, thresholds in buckets or in a table.
     """
     rng = np.random.default_rng([steps, size, bits, membrane_bits])

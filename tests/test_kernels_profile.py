@@ -45,7 +45,8 @@ def test_a_timed_run_returns_the_same_and_its_stages_fit_in_the_whole(
     fused = np.array([operation.conv is not None for operation in operations])
     assert fused.sum() == 9  # every convolution of the student
     assert (sums[fused] > 0).all()
-    assert (epilogue[fused] > 0).all()
+    tiles = np.array([operation.method == "tiles" for operation in operations])
+    assert (epilogue[fused & ~tiles] > 0).all()  # beside the products of tiles it runs unseen
     assert not times[~fused, :3].any()
 
 

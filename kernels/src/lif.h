@@ -11,7 +11,8 @@
  * thresholds left (see native.py) a comparison each is cheaper than a search, and decode[q] is a running sum of the
  * table's increments, or a byte shuffle where there is one (AVX2). Where AVX-512 can permute 32 words, one comparison is
  * enough: with the threshold of u's bucket. With many thresholds each lane looks its code up in a dense table, or
- * bisects where that table would be too large. Sums of vectors are unsigned: they wrap, and the result is proven to fit.
+ * bisects where that table would be too large. A LIF behind what is the same at every step (the stem of an image) looks
+ * up the spikes of all its steps at once. Sums of vectors are unsigned: they wrap, and the result is proven to fit.
  */
 
 #define LANES ((int)(VECTOR_BYTES / sizeof(STREAM)))
@@ -364,9 +365,49 @@ static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREA
     }
 }
 
+/* A LIF whose input is the same at every step, from a fresh start: its spikes are a function of that input. */
+static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const view *in, const view *out)
+{
+    for (int y = first_of(f, out->height), end = end_of(f, out->height); y < end; y++)
+        for (int x = 0; x < out->width; x++) {
+            const STREAM *from = (const STREAM *)in->at + y * in->row + x * in->pixel;
+            uint8_t *to = out->at + y * out->row + x * out->pixel;
+            int c = 0;
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+            for (; c + 64 <= out->channels; c += 64) {
+                __m128i quarter[4];
+                for (int i = 0; i < 4; i++) {
+                    __m512i at = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(from + c + 16 * i)));
+                    at = _mm512_sub_epi32(at, _mm512_set1_epi32(op->pattern_first));
+                    quarter[i] = _mm512_cvtepi32_epi8(_mm512_i32gather_epi32(at, op->pattern, 1));
+                }
+                __m512i pattern = _mm512_inserti32x4(_mm512_castsi128_si512(quarter[0]), quarter[1], 1);
+                pattern = _mm512_inserti32x4(_mm512_inserti32x4(pattern, quarter[2], 2), quarter[3], 3);
+                for (int t = 0; t < f->steps; t++) {
+                    __m512i bit = _mm512_srl_epi16(pattern, _mm_cvtsi32_si128(t));
+                    _mm512_storeu_si512(to + t * out->step + c, _mm512_and_si512(bit, _mm512_set1_epi8(1)));
+                }
+            }
+#endif
+            for (; c < out->channels; c += 64) {
+                uint8_t pattern[64];
+                int here = out->channels - c < 64 ? out->channels - c : 64;
+                for (int i = 0; i < here; i++)
+                    pattern[i] = op->pattern[from[c + i] - op->pattern_first];
+                for (int t = 0; t < f->steps; t++)
+                    for (int i = 0; i < here; i++)
+                        to[t * out->step + c + i] = (uint8_t)(pattern[i] >> t & 1);
+            }
+        }
+}
+
 static void STREAM_NAME(lif)(const frame *f, const mdsnn_op *op)
 {
     view in = view_of(f, op->source), out = view_of(f, op->out);
+    if (op->pattern && f->fresh && !f->keep && !f->call->trace_h) {
+        STREAM_NAME(lif_fixed)(f, op, &in, &out);
+        return;
+    }
     STREAM_NAME(lif_constants) k;
     STREAM_NAME(lif_prepare)(op, &k);
     ptrdiff_t plane = (ptrdiff_t)out.height * out.width;

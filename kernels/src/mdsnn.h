@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 13 };
+enum mdsnn_version { MDSNN_CONTRACT = 14 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -114,6 +114,9 @@ typedef struct mdsnn_op {
     int32_t cell_base, cell_span, cell_factor;
     const int16_t *cell_threshold; /* [16], out of reach where a cell has none */
     const int16_t *cell_decode;    /* [16] what u decodes to below the threshold of its cell; one further, not below */
+    const uint8_t *pattern; /* entry x - pattern_first: bit t says whether x, from a fresh start and the same at every
+                             * step, fires at step t; 3 more entries. Null where x is not fixed, or steps above 8 */
+    int32_t pattern_first;
     int32_t v_th, v_soft, q_th;
     int32_t pre_fire, soft;
     /* fused: `other` is the value to add, `out` the stream to store; the parts are operations of their own kind */

@@ -91,22 +91,34 @@ static void NAME(flatten)(const frame *f, const mdsnn_op *op)
             }
 }
 
+typedef uint8_t NAME(u8) __attribute__((vector_size(VECTOR_BYTES)));
+
+static inline int64_t NAME(sum_bytes)(NAME(u8) bytes)
+{
+#if defined(__AVX512BW__)
+    return _mm512_reduce_add_epi64(_mm512_sad_epu8((__m512i)bytes, _mm512_setzero_si512()));
+#else
+    int64_t sum = 0;
+    for (int i = 0; i < VECTOR_BYTES; i++)
+        sum += bytes[i];
+    return sum;
+#endif
+}
+
 /* Bytes that are not 0 among `count` at `from`, and as many at each further pixel. */
 static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t pixels, int count)
 {
-    typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES)));
     int64_t there = 0;
     int c = 0;
     for (; c + VECTOR_BYTES <= count; c += VECTOR_BYTES)
         for (ptrdiff_t first = 0; first < pixels; first += 255) { /* a byte counts to 255 */
             ptrdiff_t end = first + 255 < pixels ? first + 255 : pixels;
-            bytes sum = {0}, row;
+            NAME(u8) sum = {0}, row;
             for (ptrdiff_t p = first; p < end; p++) {
                 memcpy(&row, from + p * pixel + c, sizeof row);
-                sum -= (bytes)(row != 0);
+                sum -= (NAME(u8))(row != 0);
             }
-            for (int i = 0; i < VECTOR_BYTES; i++)
-                there += sum[i];
+            there += NAME(sum_bytes)(sum);
         }
     for (; c < count; c++)
         for (ptrdiff_t p = 0; p < pixels; p++)

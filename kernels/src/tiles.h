@@ -18,9 +18,10 @@
  * after the other in the order they are needed: those AHEAD bytes further are fetched from the far cache.
  *
  * A group of tiles holds whole pixels: one tile, if the steps divide 16. Two groups are summed at a time, by 32 outputs:
- * each tile loaded is used twice. While the products of one pair of groups run, the sums of the pair before, still in the
- * L1 cache, go through bn, residual add and LIF, a few pixels between two products: the matrix unit and the vector unit
- * work side by side.
+ * each tile loaded is used twice. Where four tiles hold all outputs and weights have 4 bits, the four are summed at
+ * once, by 16 outputs twice: each weight is then needed once, and goes through a ring that stays in the L1 cache. While the products of
+ * one pair (or four) of groups run, the sums of the one before, still in the L1 cache, go through bn, residual add and
+ * LIF, a few pixels between two products: the matrix unit and the vector unit work side by side.
  *
  * The intrinsics of gcc do not say that they touch memory, hence the fences around them, and the configuration is
  * loaded by hand.
@@ -29,6 +30,8 @@
 #define TILE 16
 #define PAIR 32
 #define AHEAD 262144
+#define RING 16 /* taps of 64 inputs by 16 outputs */
+#define LAG 8   /* of them that are unpacked before they are needed */
 #define FENCE() __asm__ volatile("" ::: "memory")
 
 typedef struct NAME(tiles) {
@@ -320,7 +323,9 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
 typedef struct NAME(stream) {
     const int8_t *from;
     int8_t *to; /* packed weights only */
-    int left;   /* taps of 64 inputs */
+    int left;   /* taps of 64 inputs; a ring: by 16 outputs */
+    int half, at, taps; /* a ring: where `from` is, in taps of which a half has so many */
+    int slot, read;     /* a ring: the next slots to write and to read, LAG apart until nothing is left to write */
 } NAME(stream);
 
 /* Unpacks the weights of one tap of 64 inputs. Each nibble keeps its sign: a product of bit matrices copies its top bit. */
@@ -339,6 +344,27 @@ static inline void NAME(unpack_tap)(NAME(stream) *next)
     next->left--;
 }
 
+/* Unpacks the weights of one tap of 64 inputs by 16 outputs into the ring. */
+static inline void NAME(unpack_half)(NAME(stream) *next)
+{
+    const __m512i sign = _mm512_set1_epi64(next->half ? 0x1020408080808080 : 0x0102040808080808);
+    int8_t *to = next->to + next->slot * (TILE * BLOCK);
+    for (int line = 0; line < TILE; line++) {
+        if (line % 2)
+            _mm_prefetch((const char *)next->from + AHEAD + (line - next->half) * BLOCK, _MM_HINT_T1);
+        __m512i both = _mm512_loadu_si512(next->from + line * BLOCK);
+        _mm512_storeu_si512(to + line * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, sign, 0));
+    }
+    next->slot = (next->slot + 1) % RING;
+    next->from += TILE * BLOCK;
+    next->left--;
+    if (++next->at == next->taps) {
+        next->from -= next->half ? 0 : (ptrdiff_t)next->taps * TILE * BLOCK;
+        next->half = !next->half;
+        next->at = 0;
+    }
+}
+
 /* Fetches the weights of one tap of 64 inputs, for later. */
 static inline void NAME(fetch)(NAME(stream) *next)
 {
@@ -348,14 +374,15 @@ static inline void NAME(fetch)(NAME(stream) *next)
     next->left--;
 }
 
-/* Two tiles of outputs by 32 channels, and what goes on between their products. */
+/* Two tiles of outputs by 32 channels, or four, and what goes on between their products. */
 typedef struct NAME(job) {
     const mdsnn_op *op;
     const NAME(tiles) *g;
-    const uint8_t *from[2];
+    int many; /* tiles: 2 or 4 */
+    const uint8_t *from[4];
     const int8_t *weights;
     int first, end; /* rows of the window that meet the image */
-    int32_t *sums[2];
+    int32_t *sums[4];
     NAME(batch) *before;
     NAME(stream) *next;
     int products;         /* over which the rest is spread: */
@@ -363,13 +390,78 @@ typedef struct NAME(job) {
     int taps, taps_due;   /* of `next` */
 } NAME(job);
 
+/* What is due after a product of four tiles. */
+static inline __attribute__((always_inline)) void NAME(between)(NAME(job) *job, const NAME(follow) *e, int many,
+                                                                int follows, int narrow, int adds, int stores,
+                                                                int fires, int table)
+{
+    if (follows) {
+        job->parts_due += job->parts;
+        if (job->parts_due >= job->products && job->before->slots) {
+            job->parts_due -= job->products;
+            NAME(follow_next)(e, job->before, narrow, adds, stores, fires, table);
+        }
+    }
+    job->taps_due += job->taps;
+    if (job->taps_due >= job->products && job->next->left) {
+        job->taps_due -= job->products;
+        if (!job->op->nibbles)
+            NAME(fetch)(job->next);
+        else if (many == 4)
+            NAME(unpack_half)(job->next);
+        else
+            NAME(unpack_tap)(job->next);
+    }
+}
+
+/* Four tiles of outputs by 16 channels, the first or the second half of 32. */
+static inline __attribute__((always_inline)) void NAME(tiles_four)(NAME(job) *job, int half, int follows, int narrow,
+                                                                   int adds, int stores, int fires, int table)
+{
+    const mdsnn_op *op = job->op;
+    const NAME(tiles) *g = job->g;
+    const NAME(follow) e = *job->before->e;
+    NAME(stream) *next = job->next;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < g->chunks; i++)
+        for (int ky = job->first; ky < job->end; ky++) {
+            int class = 0;
+            ptrdiff_t row = i * g->chunk + ky * g->row, column = 0;
+            for (int kx = 0; kx < op->kernel_width; kx++) {
+                ptrdiff_t tap = row + class * g->class + column;
+                _tile_loadd(4, next->to + next->read * (TILE * BLOCK), BLOCK);
+                next->read = (next->read + 1) % RING;
+                _tile_loadd(5, job->from[0] + tap, BLOCK);
+                _tile_dpbssd(0, 5, 4);
+                _tile_loadd(6, job->from[1] + tap, BLOCK);
+                _tile_dpbssd(1, 6, 4);
+                _tile_loadd(7, job->from[2] + tap, BLOCK);
+                _tile_dpbssd(2, 7, 4);
+                _tile_loadd(5, job->from[3] + tap, BLOCK);
+                _tile_dpbssd(3, 5, 4);
+                if (++class == op->stride) {
+                    class = 0;
+                    column += g->column;
+                }
+                NAME(between)(job, &e, 4, follows, narrow, adds, stores, fires, table);
+            }
+        }
+    _tile_stored(0, job->sums[0] + half * TILE, PAIR * sizeof(int32_t));
+    _tile_stored(1, job->sums[1] + half * TILE, PAIR * sizeof(int32_t));
+    _tile_stored(2, job->sums[2] + half * TILE, PAIR * sizeof(int32_t));
+    _tile_stored(3, job->sums[3] + half * TILE, PAIR * sizeof(int32_t));
+    FENCE();
+}
+
 static inline __attribute__((always_inline)) void NAME(tiles_two)(NAME(job) *job, int follows, int narrow, int adds,
                                                                   int stores, int fires, int table)
 {
     const mdsnn_op *op = job->op;
     const NAME(tiles) *g = job->g;
-    NAME(batch) *before = job->before;
-    const NAME(follow) e = *before->e;
+    const NAME(follow) e = *job->before->e;
     const ptrdiff_t taps = (ptrdiff_t)op->kernel_width * PAIR * BLOCK;
     _tile_zero(0);
     _tile_zero(1);
@@ -394,21 +486,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_two)(NAME(job) *job
                     class = 0;
                     column += g->column;
                 }
-                if (follows) {
-                    job->parts_due += job->parts;
-                    if (job->parts_due >= job->products && before->slots) {
-                        job->parts_due -= job->products;
-                        NAME(follow_next)(&e, before, narrow, adds, stores, fires, table);
-                    }
-                }
-                job->taps_due += job->taps;
-                if (job->taps_due >= job->products && job->next->left) {
-                    job->taps_due -= job->products;
-                    if (op->nibbles)
-                        NAME(unpack_tap)(job->next);
-                    else
-                        NAME(fetch)(job->next);
-                }
+                NAME(between)(job, &e, 2, follows, narrow, adds, stores, fires, table);
             }
         }
     _tile_stored(0, job->sums[0], PAIR * sizeof(int32_t));
@@ -423,7 +501,10 @@ static inline __attribute__((always_inline)) void NAME(tiles_pair)(NAME(job) *jo
                                                                    int stores, int fires, int table)
 {
     FENCE();
-    for (int tile = 0; tile < job->g->tall; tile++) {
+    if (job->many == 4)
+        for (int half = 0; half < 2; half++)
+            NAME(tiles_four)(job, half, follows, narrow, adds, stores, fires, table);
+    for (int tile = 0; job->many == 2 && tile < job->g->tall; tile++) {
         NAME(tiles_two)(job, follows, narrow, adds, stores, fires, table);
         for (int j = 0; j < 2; j++) {
             job->from[j] += TILE * BLOCK;
@@ -481,7 +562,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(follow) follow[2]; /* of the 32 channels at hand, and of those before */
     NAME(follow_begin)(&follow[0], f, op, k);
     follow[0].room = (int16_t *)(f->work + op->work_y);
-    follow[0].rows = sums + 4 * group;
+    follow[0].rows = sums + 8 * group;
     follow[1] = follow[0];
     NAME(batch) batches[2];
     batches[0].slots = batches[1].slots = 0;
@@ -491,33 +572,45 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
     int taps = g.chunks * op->kernel_height * op->kernel_width, turn = 0;
-    int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way */
-    NAME(stream) next = {op->weight, unpacked, taps};
-    if (op->nibbles)
+    int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way; or a ring */
+    NAME(stream) next = {.from = op->weight, .to = unpacked, .left = taps, .taps = taps};
+    int groups = g.across * to.height, four = op->nibbles && groups > 2 && groups <= 4 && g.tall == 1 &&
+                                              4 * g.pixels <= NAME(slots) && taps >= RING;
+    int rounds = four ? 1 : pairs;
+    if (four)
+        for (next.left = (to.channels + PAIR - 1) / PAIR * 2 * taps; next.slot < LAG;)
+            NAME(unpack_half)(&next);
+    else if (op->nibbles)
         while (next.left)
             NAME(unpack_tap)(&next);
-    NAME(job) job = {.op = op, .g = &g, .next = &next};
+    NAME(job) job = {.op = op, .g = &g, .next = &next, .many = four ? 4 : 2};
     for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
         if (c)
             follow[n] = follow[!n];
         NAME(follow_channels)(&follow[n], c);
         job.weights = op->nibbles ? unpacked + n * g.weights : op->weight + c / PAIR * g.weights;
-        next.to = unpacked + !n * g.weights;
-        next.left = !op->nibbles || c + PAIR < to.channels ? taps : 0;
-        for (int i = 0; i < pairs; i++, turn = !turn) {
+        if (!four) {
+            next.to = unpacked + !n * g.weights;
+            next.left = !op->nibbles || c + PAIR < to.channels ? taps : 0;
+        }
+        for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
             now->t = now->slot = now->slots = 0;
-            int first = op->kernel_height, end = 0, ys[2], xs[2], pixels[2];
-            for (int j = 0; j < 2; j++) {
-                int beside = i < side_by_side, k_th = beside ? i : 2 * (i - side_by_side) + j;
-                int y = k_th % to.height, x = (beside ? k_th / to.height * 2 + j : g.across - 1) * g.pixels;
-                int there = beside || k_th < to.height; /* else the last one again, for nothing */
-                y = there ? y : to.height - 1;
+            int first = op->kernel_height, end = 0, ys[4], xs[4], pixels[4];
+            for (int j = 0; j < job.many; j++) {
+                int beside = i < side_by_side, k_th = four ? j : beside ? i : 2 * (i - side_by_side) + j;
+                int there = four ? j < groups : beside || k_th < to.height; /* else the last one again, for nothing */
+                int y = there ? k_th % to.height : to.height - 1, x = g.across - 1;
+                if (four && there)
+                    x = k_th / to.height;
+                else if (beside)
+                    x = k_th / to.height * 2 + j;
+                x *= g.pixels;
                 ys[j] = y;
                 xs[j] = x;
                 pixels[j] = !there ? 0 : to.width - x < g.pixels ? to.width - x : g.pixels;
-                job.sums[j] = sums + (2 * turn + j) * group;
+                job.sums[j] = sums + (4 * turn + j) * group;
                 job.from[j] = g.input + (ptrdiff_t)y * op->stride * g.row + x * g.column;
                 int above = op->padding - y * op->stride, below = in.height + op->padding - y * op->stride;
                 first = above < first ? above : first;
@@ -526,25 +619,29 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             job.first = first < 0 ? 0 : first;
             job.end = end > op->kernel_height ? op->kernel_height : end;
             job.before = &batches[!turn];
-            job.products = g.chunks * (job.end - job.first) * op->kernel_width * g.tall;
+            if (four) { /* weights come in order, those that meet nothing too */
+                job.first = 0;
+                job.end = op->kernel_height;
+            }
+            job.products = g.chunks * (job.end - job.first) * op->kernel_width * (four ? 2 : g.tall);
             job.parts = job.before->slots ? g.steps * ((job.before->slots + 3) / 4) : 0;
             job.parts_due = job.taps_due = 0;
-            job.taps = (next.left + pairs - i - 1) / (pairs - i);
+            job.taps = four ? job.products : (next.left + rounds - i - 1) / (rounds - i);
             pair(&job);
-            for (int j = 0; j < 2; j++)
+            for (int j = 0; j < job.many; j++)
                 if (follow[0].plain)
-                    NAME(follow_plain)(&follow[n], sums + (2 * turn + j) * group, ys[j], xs[j], pixels[j]);
+                    NAME(follow_plain)(&follow[n], sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
                 else
-                    NAME(batch_add)(now, sums + (2 * turn + j) * group, ys[j], xs[j], pixels[j]);
+                    NAME(batch_add)(now, sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
             NAME(batch_end)(now);
         }
-        while (op->nibbles && next.left)
+        while (op->nibbles && !four && next.left)
             NAME(unpack_tap)(&next);
     }
     job.first = job.end = job.products = 0; /* no products: what is left */
     job.before = &batches[!turn];
-    job.sums[0] = sums + 2 * turn * group;
-    job.sums[1] = job.sums[0] + group;
+    for (int j = 0; j < job.many; j++)
+        job.sums[j] = sums + (4 * turn + j) * group;
     pair(&job);
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
@@ -553,3 +650,5 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
 #undef TILE
 #undef PAIR
 #undef AHEAD
+#undef RING
+#undef LAG
