@@ -114,9 +114,9 @@ def test_bands_that_do_not_divide_the_height(
 def test_groups_of_tiles(
     name: str, steps: int, size: int, bits: int, membrane_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps that do and do not divide a tile's rows, a last pass of few steps, an odd number of groups in a row, three and four
-    groups in all; a
-    residual block whose stream is kept, weights packed or not, thresholds in buckets or in a table.
+    """Steps that do and do not divide a tile's rows, a last pass of few steps, an odd number of groups in a row, three
+    and four groups in all; a residual block whose stream is kept, weights packed or not, thresholds in buckets or in a
+    table. Without a trace too.
     """
     rng = np.random.default_rng([steps, size, bits, membrane_bits])
     channels, top = 70, 2 ** (bits - 1) - 1
