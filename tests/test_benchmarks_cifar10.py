@@ -69,4 +69,4 @@ def test_the_shortened_script_stops_goes_on_and_ends_with_a_table(tmp_path: Path
         [sys.executable, str(TABLE), str(out)], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert table.stdout == (out / "table.md").read_text()
-    assert table.stdout.count("\n| ") == 3
+    assert table.stdout.count("\n| ") == 4  # a rule and three networks

@@ -30,7 +30,7 @@ from mdsnn.kernels.network import (
 
 SECONDS = 0.6
 """Twice what is aimed at (docs/performance.md, "Shapes"): processor time, on a machine that does other things too."""
-BYTES = 60e6
+BYTES = {4: 60e6, 8: 75e6}
 """So that it does not grow; docs/performance.md has what is aimed at and what is reached."""
 _CHILD = """
 import json, sys, time
@@ -98,4 +98,4 @@ def test_from_artifact_to_first_result(bits: int, tmp_path: Path) -> None:
         runs.append(json.loads(done.stdout))
     assert not runs[0]["torch"]
     assert min(run["seconds"] for run in runs) < SECONDS, runs
-    assert min(run["bytes"] for run in runs) < BYTES, runs
+    assert min(run["bytes"] for run in runs) < BYTES[bits], runs
