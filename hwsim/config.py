@@ -226,14 +226,15 @@ class Chip:
         return self.constants[key]
 
     def require(self, model: str) -> None:
-        """Raise ConfigError unless every constant of `model` is stated; lists all that are missing."""
+        """Raise ConfigError unless every constant of `model` is stated; names some that are missing."""
         if model not in MODELS:
             raise ConfigError(f"model {model!r} is none of {', '.join(MODELS)}")
         missing = [key for key, entry in KEYS.items() if model in entry.models and key not in self.constants]
         if missing:
+            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise ConfigError(
-                f"chip {self.name}: model {model} needs {len(missing)} constants that it does not state: "
-                f"{', '.join(missing)}"
+                f"chip {self.name} is of model {self.model} and does not state what model {model} needs: {named}. "
+                f"Choose a chip of that model, or inherit from one"
             )
 
     def replaced(self, values: Mapping[str, float | int | str]) -> Chip:
@@ -245,7 +246,7 @@ class Chip:
         faults: list[str] = []
         for key, value in values.items():
             if key not in KEYS:
-                faults.append(f"override: unknown key {key!r}{_nearest(key, KEYS)}")
+                faults.append(f"override: unknown key {key!r}{nearest(key, KEYS)}")
                 continue
             entry = KEYS[key]
             fault = _range_fault(key, value, entry.unit)
@@ -308,7 +309,7 @@ def load_chip(chip: str | Path) -> Chip:
         return _load_shipped(text)
     if not text.endswith(".toml"):
         raise ConfigError(
-            f"chip {text!r} is none of {', '.join(shipped)} and no path of a .toml file{_nearest(text, shipped)}"
+            f"chip {text!r} is none of {', '.join(shipped)} and no path of a .toml file{nearest(text, shipped)}"
         )
     try:
         content = read_bounded(chip, MAX_CHIP_BYTES, what="chip file")
@@ -345,14 +346,14 @@ def parse_chip(content: bytes, *, where: str, name: str) -> Chip:
         if table in ("model", "inherits", "description"):
             continue
         if table not in tables:
-            faults.append(f"{where}: unknown key {table!r}{_nearest(table, [*tables, 'model', 'inherits'])}")
+            faults.append(f"{where}: unknown key {table!r}{nearest(table, [*tables, 'model', 'inherits'])}")
         elif not isinstance(entries, dict):
             faults.append(f"{where}: [{table}] must be a table of constants, got {type(entries).__name__}")
         else:
             for short, leaf in entries.items():
                 key = f"{table}.{short}"
                 if key not in KEYS:
-                    near = _nearest(short, [k.split(".")[1] for k in KEYS if k.startswith(f"{table}.")])
+                    near = nearest(short, [k.split(".")[1] for k in KEYS if k.startswith(f"{table}.")])
                     faults.append(f"{where}: [{table}] unknown key {short!r}{near}")
                     continue
                 constant = _leaf(key, leaf, where, name, faults)
@@ -376,7 +377,7 @@ def _head(raw: Mapping[str, Any], where: str, faults: list[str]) -> tuple[str, C
     if inherits is not None:
         shipped = shipped_chips()
         if not isinstance(inherits, str) or inherits not in shipped:
-            near = _nearest(str(inherits), shipped)
+            near = nearest(str(inherits), shipped)
             faults.append(f"{where}: inherits = {inherits!r:.60} is none of {', '.join(shipped)}{near}")
         elif where == f"chips/{inherits}.toml":
             faults.append(f"{where}: inherits from itself")
@@ -384,7 +385,8 @@ def _head(raw: Mapping[str, Any], where: str, faults: list[str]) -> tuple[str, C
             base = _load_shipped(inherits)
     model = raw.get("model", base.model if base else None)
     if model not in MODELS:
-        faults.append(f"{where}: model = {model!r:.60} is none of {', '.join(MODELS)}")
+        if inherits is None or model is not None:  # else the base, which is none, would have named it
+            faults.append(f"{where}: model = {model!r:.60} is none of {', '.join(MODELS)}")
         model = MODELS[0]
     description = raw.get("description", base.description if base else "")
     if not isinstance(description, str) or len(description) > 2000:
@@ -404,15 +406,13 @@ def _leaf(key: str, leaf: Any, where: str, chip: str, faults: list[str]) -> Cons
         errors = getattr(fault, "errors", None)
         if errors is None:
             raise
-        seen: set[str] = set()
-        for error in errors():
-            part = ".".join(str(p) for p in error["loc"] if p in ("value", "unit", "source", "confidence"))
-            what = "is neither number nor text" if part == "value" and error["type"] != "missing" else error["msg"]
-            if part not in seen:  # the union of value reports every branch
-                faults.append(
-                    f"{place}{'.' + part if part else ''}: {what}; a constant is {{value, unit, source, confidence}}"
-                )
-            seen.add(part)
+        found = {error["loc"][:1]: error for error in errors()}  # the union of value reports every branch
+        for at, error in found.items():
+            part = f" {at[0]!r:.40}" if at else ""
+            what = _LEAF_FAULTS.get(error["type"], "is no text").format_map(error.get("ctx", {}))
+            if at == ("value",) and error["type"] != "missing":
+                what = "is neither number nor text"
+            faults.append(f"{place}:{part} {what}; a constant is {{value, unit, source, confidence}}")
         return None
     entry = KEYS[key]
     units = _UNITS[entry.kind]
@@ -441,6 +441,18 @@ def _article(kind: str) -> str:
 
 
 _LEAF: list[Any] = []
+_LEAF_FAULTS: Final = MappingProxyType(
+    {
+        "missing": "is missing",
+        "extra_forbidden": "is no part of a constant",
+        "model_type": "is no table",
+        "string_too_short": "is empty",
+        "string_pattern_mismatch": "is empty",
+        "string_too_long": "is over {max_length} characters",
+        "literal_error": "is none of {expected}",
+    }
+)
+"""What is wrong with a part of a constant, by pydantic's name of the fault."""
 
 
 def _leaf_model() -> Any:
@@ -539,7 +551,8 @@ def _cross_faults(chip: Chip) -> list[str]:
     return faults
 
 
-def _nearest(word: str, words: Iterator[str] | Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
+def nearest(word: str, words: Iterator[str] | Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
+    """The hint "; did you mean 'x'?" where one of `words` is close to `word`, else nothing."""
     near = difflib.get_close_matches(word[:200], list(words), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -12,7 +12,6 @@ per group of a grouped convolution; groups that fit a crossbar together share on
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ from mdsnn.kernels.network import (
 )
 
 from .cells import columns_per_weight
-from .config import Chip
+from .config import Chip, nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +164,13 @@ class Workload:
 
 def input_planes(low: int, high: int) -> int:
     """Bits of a value in low..high: two's complement where low < 0, else unsigned; at least 1."""
-    magnitude = max(high, -low - 1 if low < 0 else 0).bit_length()
-    return max(1, magnitude + (1 if low < 0 else 0))
+    magnitude = max(high, -low - 1).bit_length()
+    return max(1, magnitude + (low < 0))
 
 
 def _entry_bits(array: Array) -> int:
     """Bits of the narrowest signed type among 8, 16, 32 and 64 that holds every value."""
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    return next(width for width in (8, 16, 32, 64) if -(1 << (width - 1)) <= low and high < 1 << (width - 1))
+    return next(w for w in (8, 16, 32, 64) if np.all(-(1 << (w - 1)) <= array) and np.all(array < 1 << (w - 1)))
 
 
 def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
@@ -185,7 +183,7 @@ def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
         if isinstance(node, Conv | Linear):
             behind[node.name] = made_of.union(*(behind[name] for name in made_of))
             made_of = frozenset((node.name,))
-        elif len(made_of) > 1:  # what another one waits for itself need not be waited for
+        else:  # what another one waits for itself need not be waited for
             made_of = made_of.difference(*(behind[name] for name in made_of))
         feeders[node.name] = made_of
     order = {node.name: place for place, node in enumerate(network.nodes)}
@@ -193,11 +191,8 @@ def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
     layers: list[Layer] = []
     populations: list[Population] = []
     stream_ops: list[StreamOp] = []
-    table_bits = 0
     for node in network.nodes:
-        if isinstance(node, InputTable):
-            table_bits = node.table.size * 8
-        elif isinstance(node, Conv | Linear | Readout):
+        if isinstance(node, Conv | Linear | Readout):
             layers.append(
                 _layer(network, node, bns.get(node.name), sorted(feeders[node.source], key=order.__getitem__))
             )
@@ -230,7 +225,7 @@ def from_network(network: IntegerNetwork, name: str = "network") -> Workload:
         network.timesteps,
         (network.input.channels, network.input.height, network.input.width),
         network.input.coding,
-        table_bits,
+        sum(node.table.size * 8 for node in network.nodes if isinstance(node, InputTable)),
         digest(network),
     )
 
@@ -239,13 +234,14 @@ def _layer(network: IntegerNetwork, node: Conv | Linear | Readout, bn: Node | No
     proof = network.proof
     shape_in, (low, high) = proof.shapes[node.source], proof.ranges[node.source]
     steps = 1 if proof.static[node.name] else network.timesteps
-    bn_kind, bn_bits, entry_bits = "", 0, 0
     if isinstance(bn, BnAffine):
         wide = 16 if int(np.abs(bn.multiplier.astype(np.int64)).max()) < 1 << 15 else 32
-        bn_kind, bn_bits = "affine", bn.multiplier.size * (wide + proof.product_bits[bn.name] + 5)
+        bn_kind, bn_bits, entry_bits = "affine", bn.multiplier.size * (wide + proof.product_bits[bn.name] + 5), 0
     elif isinstance(bn, BnDense):
         entry_bits = proof.dtypes[bn.name].itemsize * 8
         bn_kind, bn_bits = "dense", bn.table.size * entry_bits
+    else:  # the readout has none; its bias is held beside it
+        bn_kind, bn_bits, entry_bits = "", 32 * network.readout.bias.size, 0
     if isinstance(node, Conv):
         shape_out = proof.shapes[node.name]
         c_out, _, kh, kw = node.weight.shape
@@ -272,8 +268,7 @@ def _layer(network: IntegerNetwork, node: Conv | Linear | Readout, bn: Node | No
             node.weight,
         )
     if isinstance(node, Readout):
-        # the sum over time is read once; its bias is held beside it
-        low, high, steps, bn_bits = low * network.timesteps, high * network.timesteps, 1, 32 * node.bias.size
+        low, high, steps = low * network.timesteps, high * network.timesteps, 1  # the sum over time is read once
     kind = "readout" if isinstance(node, Readout) else "linear"
     return Layer(
         node.name,
@@ -357,7 +352,7 @@ def ms_resnet(
                 1,
                 (kernel, kernel),
                 stride,
-                kernel // 2,
+                (kernel - 1) // 2,
                 size,
                 out,
                 bits,
@@ -401,6 +396,7 @@ def ms_resnet(
             waits, c_in = results, c_out
     lif("head.lif", c_in, size)
     area = size[0] * size[1]
+    span = (0, timesteps * area)
     stream_ops.append(StreamOp("head.pool", "sumpool", c_in, timesteps, area, 0, "head.lif", c_in * area))
     layers.append(
         Layer(
@@ -415,9 +411,8 @@ def ms_resnet(
             (1, 1),
             (1, 1),
             8,
-            input_planes(0, timesteps * area),
-            0,
-            timesteps * area,
+            input_planes(*span),
+            *span,
             1,
             waits,
             "",
@@ -451,9 +446,7 @@ def named_workload(
     raises  ConfigError  for an unknown name (the nearest is suggested) or a shape that is not CxHxW
     """
     if name not in WORKLOADS:
-        near = difflib.get_close_matches(name[:200], WORKLOADS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"workload {name!r:.80} is none of {', '.join(WORKLOADS)}{hint}")
+        raise ConfigError(f"workload {name!r:.80} is none of {', '.join(WORKLOADS)}{nearest(name, WORKLOADS)}")
     match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})x([0-9]{1,4})", input_shape)
     if match is None:
         raise ConfigError(f"input {input_shape!r:.80} is not CxHxW, such as 3x32x32")
@@ -483,7 +476,7 @@ def row_tiles(layer: Layer, rows: int, scheme: str) -> tuple[npt.NDArray[np.int6
         per = -(-per_group * layer.taps // rows)
         flat = local[:, None] * layer.taps + np.arange(layer.taps)[None, :]
         tile = group[:, None] * per + flat // rows
-        used = np.bincount(tile.reshape(-1), minlength=per * layer.groups)
+        used = np.bincount(tile.ravel(), minlength=per * layer.groups)
     else:
         raise ConfigError(f"mapping scheme {scheme!r} is none of kernel-split, im2col")
     return tile.astype(np.int64), used.astype(np.int64)
@@ -583,8 +576,8 @@ def floorplan(mapped: tuple[MappedLayer, ...], chip: Chip) -> Floorplan:
         total += entry.pes
         if -(-total // pes) > limit:
             raise ConfigError(
-                f"layer {entry.layer.name!r}: with its {entry.crossbars} crossbars the network needs "
-                f"{-(-total // pes)} tiles, but chip {chip.name} allows tile.limit = {limit}"
+                f"layer {entry.layer.name!r}: up to it the network needs {-(-total // pes)} tiles, but chip "
+                f"{chip.name} allows tile.limit = {limit}. Raise the limit, or take larger crossbars or tiles"
             )
     tiles: list[list[tuple[int, int]]] = [[] for _ in range(-(-total // pes))]
     spans: list[tuple[int, int]] = []

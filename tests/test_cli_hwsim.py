@@ -134,7 +134,7 @@ def leaf(value: object, unit: str) -> str:
         (f"[adc]\nenergy_4 = {leaf(1.0, 'mW')}", ("[adc] energy_4 has unit 'mW'", "fJ or pJ or nJ")),
         (f"[adc]\nbits = {leaf(14, 'bit')}", ("[adc] bits = 14 is outside 1..12",)),
         (f"[adc]\nbitz = {leaf(4, 'bit')}", ("[adc] unknown key 'bitz'; did you mean 'bits'?",)),
-        ("[adc]\nbits = { value = 4, unit = 'bit', confidence = 'low' }", ("[adc] bits.source: Field required",)),
+        ("[adc]\nbits = { value = 4, unit = 'bit', confidence = 'low' }", ("[adc] bits: 'source' is missing",)),
         (f"[tile]\nlimit = {leaf(3, '1')}", ("layer 'stage3.0.conv1'", "tile.limit = 3")),
     ],
 )

@@ -51,7 +51,23 @@ from mdsnn.hwsim.mapping import (
     ms_resnet,
     row_tiles,
 )
-from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputTable, IntegerNetwork, Lif, Linear, Readout
+from mdsnn.kernels.errors import ConfigError
+from mdsnn.kernels.formats import Grid, decode_table, image_table, requantize_thresholds, threshold_code
+from mdsnn.kernels.network import (
+    Add,
+    BnAffine,
+    BnDense,
+    Conv,
+    Flatten,
+    InputSpec,
+    InputTable,
+    IntegerNetwork,
+    Lif,
+    Linear,
+    MaxPool,
+    Readout,
+    Requantize,
+)
 from planted import seeded_case
 
 CHIP = load_chip("fefet32")
@@ -330,6 +346,8 @@ def test_every_entry_where_groups_share_a_crossbar(over: dict[str, Any]) -> None
     workload = Workload("shared", (layer,), (), (), 3, (12, 6, 6), "events", 0, "")
     rows, scheme = chip.integer("crossbar.rows"), chip.choice("mapping.scheme")
     assert geometry(layer, 4, CHIP) == (2, 4, 2)
+    wide = replace(layer, c_out=96)  # 24 columns a group: two of four share 64 columns
+    assert (map_layer(wide, CHIP).shared, map_layer(wide, CHIP).crossbars) == (2, 2 * 2)
     for precision in (OWN, BITS8):
         assert_ledgers(workload, uniform(workload, 0.3, rows=rows, scheme=scheme), chip, precision)
 
@@ -406,6 +424,45 @@ def test_what_a_workload_says_of_a_network(case: int) -> None:
     assert workload.ops == sum(2 * layer.macs * layer.steps for layer in workload.layers)
 
 
+def test_a_network_worked_out_by_hand() -> None:
+    """What the planted networks lack: wide multipliers, a sum before all neurons, a 3x3 pool, a readout of codes."""
+    grid, one, timesteps = Grid(), np.ones((2, 1, 1, 1), np.int8), 3
+    lif_tables = decode_table(1.0, 0.5, 4, grid), requantize_thresholds(1.0, 4, grid)
+
+    def bn(name: str, source: str, *multiplier: int) -> BnAffine:
+        return BnAffine(name, source, np.array(multiplier), np.zeros(2, np.int64), np.full(2, 20))
+
+    nodes = (
+        InputTable("input", image_table([0.5], [0.25])),
+        Conv("a", "input", one, 4),
+        bn("a.bn", "a", 32767, -32767),
+        Conv("b", "input", one, 4),
+        bn("b.bn", "b", 1, -32768),
+        Add("sum", "a.bn", "b.bn"),
+        Lif("lif", "sum", 4, *lif_tables, threshold_code(0.5, grid)),
+        MaxPool("pool", "lif", 3, 1, 1),
+        Conv("c", "pool", np.ones((2, 2, 1, 1), np.int8), 4),
+        bn("c.bn", "c", 1, 65536),
+        Requantize("codes", "c.bn", 4, 5),
+        Flatten("flat", "codes"),
+        Readout("out", "flat", np.ones((3, 2 * 4 * 5), np.int8), 8, np.zeros(3, np.int64)),
+    )
+    workload = from_network(IntegerNetwork(nodes, InputSpec(1, 4, 5), timesteps, grid))
+    a, b, c, out = workload.layers
+    assert [layer.feeders for layer in workload.layers] == [(), (), ("a", "b"), ("c",)]
+    assert [layer.steps for layer in workload.layers] == [1, 1, 3, 1]
+    # per channel: a multiplier of 16 or 32 bits, an offset as wide as the product (32 here), a shift of 5
+    assert [layer.bn_bits for layer in (a, b, c)] == [2 * (16 + 32 + 5), 2 * (32 + 32 + 5), 2 * (32 + 32 + 5)]
+    assert (out.bn, out.bn_bits, out.bn_entry_bits) == ("", 3 * 32, 0)
+    assert (out.low, out.high, out.planes) == (-15 * timesteps, 15 * timesteps, 7)
+    assert [(op.kind, op.steps, op.window) for op in workload.stream_ops] == [
+        ("add", 1, 1),
+        ("maxpool", 3, 9),
+        ("requantize", 3, 1),
+    ]
+    assert workload.input_table_bits == 256 * 8
+
+
 @pytest.mark.parametrize(
     ("low", "high", "planes"),
     [
@@ -419,7 +476,17 @@ def test_input_planes(low: int, high: int, planes: int) -> None:
 
 @pytest.mark.parametrize(
     ("values", "bits"),
-    [([], 8), ([-128, 127], 8), ([128], 16), ([-129, 5], 16), ([-32768], 16), ([5, 32768], 32), ([-(2**31)], 32)],
+    [
+        ([], 8),
+        ([-128, 127], 8),
+        ([128], 16),
+        ([-129, 5], 16),
+        ([-32768], 16),
+        ([5, 32768], 32),
+        ([-(2**31)], 32),
+        ([2**31], 64),
+        ([-(2**63), 2**63 - 1], 64),
+    ],
 )
 def test_the_width_of_a_table(values: list[int], bits: int) -> None:
     assert _entry_bits(np.array(values, np.int64)) == bits
@@ -433,6 +500,12 @@ def test_places_and_hops_on_a_small_grid() -> None:
     assert plan.hops(2, (1,)) == 3  # (1, 2) to (2, 0)
     assert plan.hops(2, (0, 1)) == 2  # the nearer of both
     assert plan.hops(0, (0,)) == 1
+    assert plan.hops(1, ()) == 2 + 2  # in at the left of tile 0
+    mapped = tuple(map_layer(layer, CHIP) for layer in ms_resnet(18, (2, 8, 8), 1).layers)
+    needed = len(floorplan(mapped, CHIP).tiles)
+    assert len(floorplan(mapped, CHIP.replaced({"tile.limit": needed})).tiles) == needed
+    with pytest.raises(ConfigError, match=f"needs {needed} tiles, .* tile.limit = {needed - 1}"):
+        floorplan(mapped, CHIP.replaced({"tile.limit": needed - 1}))
     one = floorplan((map_layer(ms_resnet(18, (2, 8, 8), 1).layers[0], CHIP),), CHIP)
     assert (one.columns, one.tiles, one.spans) == (1, (((0, 2),),), ((0, 0),))  # 8-bit weights: 128 columns
 
@@ -524,6 +597,16 @@ def test_sensitivity_by_hand() -> None:
             for name in ("energy", "delay", "area", "edap"):
                 assert getattr(row, name)[place] == pytest.approx(getattr(other, name) / getattr(base, name))
         assert row.reach == pytest.approx(max(abs(math.log(ratio)) for ratio in row.edap))
+
+
+def test_without_spikes_no_energy_is_synaptic() -> None:
+    workload = ms_resnet(18, (2, 8, 8), 2)
+    dark = physical_cost(prepare(workload, uniform(workload, 0.0), CHIP), CHIP)
+    lit = physical_cost(prepare(workload, uniform(workload, 0.1), CHIP), CHIP)
+    assert three_energies(dark, CHIP).synaptic == 0.0
+    path = ("array", "ADC", "MUX", "shift-add", "offset removal")
+    synaptic = sum(entry.value for entry in lit.energy if entry.component in path)
+    assert three_energies(lit, CHIP).synaptic == pytest.approx(synaptic)
 
 
 def test_a_metric_that_vanishes_has_no_end_of_reach() -> None:

@@ -63,7 +63,6 @@ from mdsnn.hwsim.crossbar import (
     program,
 )
 from mdsnn.hwsim.mapping import (
-    RESNET_BLOCKS,
     Layer,
     Workload,
     floorplan,
@@ -760,8 +759,8 @@ def integer_resnet(depth: int, shape: tuple[int, int, int], timesteps: int, codi
         nodes.append(Lif(name, source, 4, *tables, threshold_code(0.5, grid)))
         return name
 
-    x, c_in, side = conv("stem.conv", "input", shape[0], 64, 3, 1, 8), 64, shape[1]
-    for stage, blocks in enumerate(RESNET_BLOCKS[depth]):
+    x, c_in, sides = conv("stem.conv", "input", shape[0], 64, 3, 1, 8), 64, shape[1:]
+    for stage, blocks in enumerate((2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)):  # He et al., 2016, Table 1
         c_out = 64 << stage
         for block in range(blocks):
             where, stride = f"stage{stage + 1}.{block}", 2 if stage and not block else 1
@@ -773,18 +772,18 @@ def integer_resnet(depth: int, shape: tuple[int, int, int], timesteps: int, codi
                 nodes.append(Conv(f"{where}.shortcut", f"{where}.requantize", weight, 4, 2, 0))
                 ones = np.ones(c_out, np.int64)
                 nodes.append(BnAffine(f"{where}.skip", f"{where}.shortcut", ones, ones, ones))
-                x, side = f"{where}.skip", -(-side // 2)
+                x, sides = f"{where}.skip", (math.ceil(sides[0] / 2), math.ceil(sides[1] / 2))
             nodes.append(Add(f"{where}.add", y, x))
             x, c_in = f"{where}.add", c_out
-    nodes.append(SumPool("head.pool", lif("head.lif", x), side, side, 1, 0))
+    nodes.append(SumPool("head.pool", lif("head.lif", x), *sides, 1, 0))
     nodes.append(Readout("head.fc", "head.pool", np.zeros((100, c_in), np.int8), 8, np.zeros(100, np.int64)))
     return IntegerNetwork(tuple(nodes), InputSpec(*shape, coding), timesteps)
 
 
 @pytest.mark.parametrize(("depth", "coding"), [(18, "image"), (34, "events")])
 def test_the_built_in_workload_is_what_a_network_of_that_shape_gives(depth: int, coding: str) -> None:
-    described = ms_resnet(depth, (3, 16, 16), 3, coding=coding)
-    exported = from_network(integer_resnet(depth, (3, 16, 16), 3, coding))
+    described = ms_resnet(depth, (3, 17, 8), 3, coding=coding)
+    exported = from_network(integer_resnet(depth, (3, 17, 8), 3, coding))
     assert [layer.name for layer in described.layers] == [layer.name for layer in exported.layers]
     for mine, real in zip(described.layers, exported.layers, strict=True):
         for entry in fields(Layer):
@@ -799,16 +798,46 @@ def test_the_built_in_workload_is_what_a_network_of_that_shape_gives(depth: int,
 
 
 @pytest.mark.parametrize(
-    "arguments", [(50, (3, 32, 32), 4), (18, (3, 4, 32), 4), (18, (3, 32, 32), 0), (18, (3, 32, 32), 4, 9)]
+    ("what", "lo", "hi"),
+    [
+        ("input channels", 1, 4096),
+        ("input height", 8, 4096),
+        ("input width", 8, 4096),
+        ("T", 1, 256),
+        ("weight bits", 2, 8),
+        ("membrane bits", 2, 8),
+        ("classes", 1, 1 << 20),
+    ],
 )
-def test_a_bad_workload_is_refused(arguments: Any) -> None:
-    with pytest.raises(ConfigError):
-        ms_resnet(*arguments)
+def test_a_workload_takes_its_range_and_refuses_one_more(what: str, lo: int, hi: int) -> None:
+    def build(value: Any) -> Workload:
+        given = {"input channels": 3, "input height": 16, "input width": 16, "T": 2, "weight bits": 4}
+        given |= {"membrane bits": 4, "classes": 10, what: value}
+        shape = (given["input channels"], given["input height"], given["input width"])
+        return ms_resnet(18, shape, given["T"], given["weight bits"], given["membrane bits"], classes=given["classes"])
+
+    for value in (lo, hi):
+        built = build(value)
+        found = {"input channels": built.input_shape[0], "input height": built.input_shape[1], "T": built.timesteps}
+        found |= {"input width": built.input_shape[2], "weight bits": built.layers[1].bits}
+        found |= {"membrane bits": built.populations[0].bits, "classes": built.layers[-1].c_out}
+        assert found[what] == value
+    for wrong in (lo - 1, hi + 1, float(lo)):
+        with pytest.raises(ConfigError, match=rf"ms-resnet18: {what} = {wrong} is outside {lo}\.\.{hi}"):
+            build(wrong)
+
+
+def test_a_workload_of_another_depth_or_coding_is_refused() -> None:
+    with pytest.raises(ConfigError, match="depth = 50 is none of 18, 34"):
+        ms_resnet(50, (3, 32, 32), 4)
+    with pytest.raises(ConfigError, match="coding 'rate' is none of image, events"):
+        ms_resnet(18, (3, 32, 32), 4, coding="rate")
 
 
 def test_workloads_by_name() -> None:
     named = named_workload("ms-resnet18", "2x48x48", 10)
     assert (named.input_shape, named.coding, named.ops) == ((2, 48, 48), "events", ms_resnet(18, (2, 48, 48), 10).ops)
+    assert (named.layers[1].bits, named.populations[0].bits, named.layers[-1].c_out) == (4, 4, 100)
     with pytest.raises(ConfigError, match="did you mean 'ms-resnet18'"):
         named_workload("msresnet18", "2x48x48", 10)
     for shape in ("48x48", "2x48x48x1", "axbxc", "2x-8x8", "99999x8x8"):
