@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from .engine import Activity, LifTrace, Result, State, Trace, workers
 from .errors import ConfigError, MissingError
-from .formats import Array, delta
+from .formats import INT32_LIMIT, MAX_SHIFT, Array, delta
 from .network import (
     Add,
     BnAffine,
@@ -60,6 +60,7 @@ _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with man
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
+_MULTIPLIER = 2**15 - 1  # largest of a bn that takes the place of a dense table
 _TABLE = 1 << 16  # largest dense table of membrane codes
 _I8, _I16, _I32 = range(3)  # enum mdsnn_type
 _BLOCK = 64  # channels a fused convolution takes at a time
@@ -378,6 +379,61 @@ def _patterns(lif: Lif, x: Array, steps: int) -> Array:
     return patterns
 
 
+def _affine(node: BnDense, lo: Array, hi: Array, saturation: int) -> BnAffine | None:
+    """The table as multiply, add and shift, 16-bit multipliers and 32-bit sums; None if that cannot give all entries.
+
+    lo, hi  the accumulators of each channel, as the proof has them
+    Vectors add and shift, where they would read a table one entry at a time.
+    """
+    ends = np.cumsum(hi - lo + 1)
+    found = np.zeros((3, len(lo)), np.int64)
+    for c in range(len(lo)):
+        line = _line(node.table[ends[c] - (hi[c] - lo[c] + 1) : ends[c]].astype(np.int64), int(lo[c]), saturation)
+        if line is None:
+            return None
+        found[:, c] = line
+    return BnAffine(node.name, node.source, *found)
+
+
+def _line(y: Array, first: int, saturation: int) -> tuple[int, int, int] | None:
+    """Multiplier, offset and shift that give y for the accumulators from `first` on; None if there are no such.
+
+    For a multiplier m the offset must lie between two bounds, each a maximum or minimum over accumulators, and how far
+    these lie apart is concave in m: m is found by bisection.
+    """
+    if y[0] == y[-1]:  # tables are monotone
+        return 0, int(y[0]), 0
+    acc = np.arange(first, first + len(y))
+    reached, kept = np.flatnonzero(y > -saturation), np.flatnonzero(y < saturation)  # one bound where y is saturated
+    straight = np.flatnonzero(abs(y) < saturation)
+    run = int(straight[-1] - straight[0]) if len(straight) else 0
+    rise = int(y[straight[-1]] - y[straight[0]]) if run else 0
+    steep = max(abs(rise) - 1, 1) if run else 2 * saturation
+    shift = min(MAX_SHIFT, (_MULTIPLIER * max(run, 1) // steep).bit_length() - 1)
+    while shift >= 0:
+        low, high = (((rise - 1) << shift) // run, ((rise + 1) << shift) // run + 1) if run else (-(2**62), 2**62)
+        cut = low < -_MULTIPLIER or high > _MULTIPLIER
+        low, high = max(low, -_MULTIPLIER), min(high, _MULTIPLIER)
+        at_least, at_most = y[reached] << shift, (y[kept] + 1 << shift) - 1  # of m*acc + offset
+        while low <= high:
+            m = (low + high) >> 1
+            bottom, top = at_least - m * acc[reached], at_most - m * acc[kept]
+            i, j = int(bottom.argmax()), int(top.argmin())
+            if bottom[i] <= top[j]:
+                if abs(m) * max(-first, first + len(y) - 1) + abs(int(bottom[i])) < INT32_LIMIT:
+                    return m, int(bottom[i]), shift
+                cut = True
+                break
+            wider = int(acc[reached[i]] - acc[kept[j]])  # by how much if m grows by 1
+            if wider == 0:
+                break
+            low, high = (m + 1, high) if wider > 0 else (low, m - 1)
+        if not cut:  # no line at all
+            return None
+        shift -= 1
+    return None
+
+
 def _narrow_stream(network: IntegerNetwork) -> bool:
     """Whether every stream value, membrane and membrane constant fits 16 bits."""
     proof = network.proof
@@ -563,6 +619,8 @@ class _Plan:
                     groups=1,
                     weight=self._pointer("int8_t", node.weight.T, np.int8),
                 )
+            case BnDense() if (affine := self._affine(node)) is not None:
+                op.update(self._op(affine))
             case BnAffine():
                 narrow = np.where(np.abs(node.offset) < 2**31, node.offset, 0)  # not read where 64 bits are needed
                 op.update(
@@ -572,7 +630,7 @@ class _Plan:
                     shift_32=self._pointer("int32_t", _blocks(node.shift), np.int32),
                     offset=self._pointer("int64_t", node.offset, np.int64),
                     shift=self._pointer("uint8_t", node.shift, np.uint8),
-                    wide=int(proof.product_bits[node.name] == 64),
+                    wide=int(proof.product_bits.get(node.name) == 64),
                     short_product=int(self._short_product(node)),
                     saturation=self.network.grid.saturation,
                 )
@@ -722,6 +780,9 @@ class _Plan:
             "work_y": y,
         }
 
+    def _affine(self, node: BnDense) -> BnAffine | None:
+        return _affine(node, *self.network.proof.channel_bounds[node.source], self.network.grid.saturation)
+
     def _code_decode(self, node: Lif, codes: Array) -> Array:
         """Codes in the lower half, what they decode to in the upper one; zeros where that needs more than 16 bits."""
         if self.stream_type == _I32:
@@ -733,7 +794,7 @@ class _Plan:
         lo, hi = self.network.proof.channel_bounds[node.source]
         factors = (node.multiplier, lo, hi)
         narrow = all(int(factor.min()) > -(2**15) and int(factor.max()) < 2**15 for factor in factors)
-        return narrow and self.network.proof.product_bits[node.name] == 32
+        return narrow and self.network.proof.product_bits.get(node.name) != 64
 
     def _lif(self, node: Lif) -> dict[str, Any]:
         reach = _Reach.of(node, self.network.proof.membranes[node.name])

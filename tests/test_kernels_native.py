@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mdsnn.kernels import Engine, engine, native
 from mdsnn.kernels.errors import ConfigError, MissingError
-from mdsnn.kernels.network import Lif
+from mdsnn.kernels.formats import Grid, affine_constants, dense_table
+from mdsnn.kernels.network import BnDense, Lif
 from planted import assert_same_bits, seeded_case
 
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -192,3 +193,43 @@ def test_thresholds_of_tanh_lie_in_cells() -> None:
     steps = np.arctanh((np.arange(14) - 6.5) / 7)
     lif = Lif("lif", "x", 4, np.arange(15), np.round(256 * steps).astype(int), v_th=128)
     assert native._cells(native._Reach.of(lif, (-2000, 2000)), lif) is not None
+
+
+def _same_table(table: np.ndarray, lo: np.ndarray, hi: np.ndarray, grid: Grid) -> bool:
+    """Whether the affine form found for a dense table gives all of it; False if none is found."""
+    found = native._affine(BnDense("bn", "conv", table), lo, hi, grid.saturation)
+    if found is None:
+        return False
+    assert_same_bits(dense_table(found.multiplier, found.offset, found.shift, lo, hi, grid), table, "table")
+    reach = np.abs(found.multiplier.astype(np.int64)) * np.maximum(-lo, hi) + np.abs(found.offset)
+    assert reach.max() < 2**31
+    assert np.abs(found.multiplier).max() < 2**15
+    return True
+
+
+@given(
+    data=st.lists(
+        st.tuples(st.floats(-4, 4), st.floats(-9, 9), st.integers(0, 400), st.integers(0, 400)), min_size=1, max_size=9
+    ),
+    scale=st.sampled_from([1e-4, 1e-2, 1.0]),
+)
+def test_a_dense_table_of_an_affine_bn_is_found_to_be_one(
+    data: list[tuple[float, float, int, int]], scale: float
+) -> None:
+    grid = Grid()
+    slopes, biases, below, above = (np.array(column) for column in zip(*data, strict=True))
+    lo, hi = -below.astype(np.int64), above.astype(np.int64)
+    form = affine_constants(slopes * scale, biases, lo, hi, grid)
+    assert _same_table(dense_table(form.multiplier, form.offset, form.shift, lo, hi, grid), lo, hi, grid)
+
+
+def test_another_dense_table_stays_one() -> None:
+    lo, hi, grid = np.array([-20, -20]), np.array([20, 20]), Grid()
+    line = (np.arange(-20, 21) * 7).astype(np.int32)
+    assert _same_table(np.concatenate([line, -line]), lo, hi, grid)
+    for at in (0, 20, 40):
+        bent = line.copy()
+        bent[at:] += 2
+        bent[: at + 1] -= 2
+        assert not _same_table(np.concatenate([line, bent]), lo, hi, grid)
+    assert not _same_table(np.concatenate([line, np.sort(line**3 // 500)]), lo, hi, grid)

@@ -389,13 +389,12 @@ static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const vie
                 }
             }
 #endif
-            for (; c < out->channels; c += 64) {
-                uint8_t pattern[64];
-                int here = out->channels - c < 64 ? out->channels - c : 64;
-                for (int i = 0; i < here; i++)
+            for (; c < out->channels; c += 16) { /* spikes have room for 64 */
+                uint8_t pattern[16] = {0};
+                for (int i = 0; i < 16 && c + i < out->channels; i++)
                     pattern[i] = op->pattern[from[c + i] - op->pattern_first];
                 for (int t = 0; t < f->steps; t++)
-                    for (int i = 0; i < here; i++)
+                    for (int i = 0; i < 16; i++)
                         to[t * out->step + c + i] = (uint8_t)(pattern[i] >> t & 1);
             }
         }

@@ -105,21 +105,39 @@ static inline int64_t NAME(sum_bytes)(NAME(u8) bytes)
 #endif
 }
 
-/* Bytes that are not 0 among `count` at `from`, and as many at each further pixel. */
-static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t pixels, int count)
+/* The first `count` bytes at `from`, zeros behind them; where that takes no masks, all that a vector holds. */
+static inline NAME(u8) NAME(first_bytes)(const uint8_t *from, int count)
+{
+#if defined(__AVX512BW__)
+    return (NAME(u8))_mm512_maskz_loadu_epi8(count < 64 ? (1ull << count) - 1 : UINT64_MAX, from);
+#else
+    NAME(u8) row;
+    (void)count;
+    memcpy(&row, from, sizeof row);
+    return row;
+#endif
+}
+
+/* Bytes that are not 0 among `count` at `from`, and as many at each further pixel; `pitch` of each may be read. */
+static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t pixels, int count, int pitch)
 {
     int64_t there = 0;
     int c = 0;
-    for (; c + VECTOR_BYTES <= count; c += VECTOR_BYTES)
+#if defined(__AVX512BW__)
+    pitch = count + VECTOR_BYTES;
+#endif
+    for (; c < count && c + VECTOR_BYTES <= pitch; c += VECTOR_BYTES) {
+        NAME(u8) counted = ~(NAME(u8)){0};
+        for (int i = count - c; i < VECTOR_BYTES; i++)
+            counted[i] = 0;
         for (ptrdiff_t first = 0; first < pixels; first += 255) { /* a byte counts to 255 */
             ptrdiff_t end = first + 255 < pixels ? first + 255 : pixels;
-            NAME(u8) sum = {0}, row;
-            for (ptrdiff_t p = first; p < end; p++) {
-                memcpy(&row, from + p * pixel + c, sizeof row);
-                sum -= (NAME(u8))(row != 0);
-            }
-            there += NAME(sum_bytes)(sum);
+            NAME(u8) sum = {0};
+            for (ptrdiff_t p = first; p < end; p++)
+                sum -= (NAME(u8))(NAME(first_bytes)(from + p * pixel + c, count - c) != 0);
+            there += NAME(sum_bytes)(sum & counted);
         }
+    }
     for (; c < count; c++)
         for (ptrdiff_t p = 0; p < pixels; p++)
             there += from[p * pixel + c] != 0;
@@ -135,7 +153,8 @@ static void NAME(count)(const frame *f, int index, int64_t *counts)
     for (int t = 0; t < steps; t++) {
         int64_t there = 0;
         if (v.type == MDSNN_I8)
-            there = NAME(count_bytes)(v.at + first * v.pixel + t * v.step, v.pixel, end - first, v.channels);
+            there = NAME(count_bytes)(v.at + first * v.pixel + t * v.step, v.pixel, end - first, v.channels,
+                                       v.pitch);
         else
             for (ptrdiff_t p = first; p < end; p++)
                 for (int c = 0; c < v.channels; c++)

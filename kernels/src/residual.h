@@ -33,12 +33,13 @@ static void STREAM_NAME(requantize)(const frame *f, const mdsnn_op *op)
                 int8_t *to = (int8_t *)out.at + y * out.row + x * out.pixel + t * out.step;
                 int c = 0;
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-                for (; c + 32 <= channels; c += 32) { /* half of what the shift before the last leaves, rounded */
-                    __m512i v = _mm512_sra_epi16(_mm512_loadu_si512(from + c), _mm_cvtsi32_si128(shift - 1));
+                for (; c < channels; c += 32) { /* half of what the shift before the last leaves, rounded */
+                    __mmask32 here = channels - c < 32 ? (1u << (channels - c)) - 1 : UINT32_MAX;
+                    __m512i v = _mm512_sra_epi16(_mm512_maskz_loadu_epi16(here, from + c), _mm_cvtsi32_si128(shift - 1));
                     v = _mm512_srai_epi16(_mm512_adds_epi16(v, _mm512_set1_epi16(1)), 1);
                     v = _mm512_max_epi16(v, _mm512_set1_epi16((short)-top));
                     v = _mm512_min_epi16(v, _mm512_set1_epi16((short)top));
-                    _mm256_storeu_si256((__m256i *)(to + c), _mm512_cvtepi16_epi8(v));
+                    _mm512_mask_cvtepi16_storeu_epi8(to + c, here, v);
                 }
 #endif
                 for (; c < channels; c++) {
