@@ -53,9 +53,9 @@ ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 
 STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
-METHODS = ("events, 8 bits", "events, 16 bits", "events, 32 bits", "pairs", "tiles")
+METHODS = ("events, 8 bits", "events, 16 bits", "pairs", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 14  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 15  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -274,6 +274,7 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
     steps = 1 if proof.static[conv.name] else chunk
     copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * _up(c_in)
     events = proof.kinds[conv.source] == "spikes" and _list_bytes(conv, width, steps) <= _INPUT_BYTES
+    events = events and _widen(network, conv) is not None
     rows = proof.shapes[conv.name][2] * steps  # of tiles, for a row of outputs
     empty = rows <= _FILLED * (-(-rows // _TILE) * _TILE)
     if isa_level == "amx" and copied <= _INPUT_BYTES and not (events and empty):
@@ -297,6 +298,23 @@ def _sums_fit(network: IntegerNetwork, conv: Conv) -> bool:
     """Whether the convolution's accumulators fit 16 bits."""
     lo, hi = network.proof.channel_bounds[conv.name]
     return int(lo.min()) >= -(2**15) and int(hi.max()) < 2**15
+
+
+def _widen(network: IntegerNetwork, conv: Conv) -> int | None:
+    """Slabs of events whose sums fit 16 bits together, whichever inputs fire; 0 if the sums of all do.
+
+    None if a single slab's may not.
+    """
+    if _sums_fit(network, conv):
+        return 0
+    slabs = _slab_columns(conv.weight).reshape(len(conv.weight), _slabs(conv), -1)
+    up, down = (part(slabs, 0).sum(axis=-1, dtype=np.int32) for part in (np.maximum, np.minimum))
+    for many in range(_slabs(conv), 0, -1):
+        first = np.arange(0, _slabs(conv), many)
+        highest, lowest = (np.add.reduceat(part, first, axis=1) for part in (up, down))
+        if int(highest.max()) < 2**15 and int(lowest.min()) >= -(2**15):
+            return many
+    return None
 
 
 def _up(size: int) -> int:
@@ -715,7 +733,7 @@ class _Plan:
         proof, conv = self.network.proof, group.conv
         last = (proof.shapes[conv.source][2] - 1 + conv.padding) // conv.stride
         across = (conv.weight.shape[3] - 1) // conv.stride + max(proof.shapes[conv.name][2], last + 1)
-        return int((2 if _sums_fit(self.network, conv) else 4) * across * self._steps(group) * _BLOCK)
+        return int((2 if _sums_fit(self.network, conv) else 6) * across * self._steps(group) * _BLOCK)
 
     def _band(self, group: _Group) -> int:
         """Output rows to work on at a time."""
@@ -734,17 +752,15 @@ class _Plan:
         if group.fire is not None:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
-        flush, nibbles = 0, False
+        flush, widen, nibbles = 0, 0, False
         match group.method:
             case "tiles":
                 method, packed, nibbles = self.lib.MDSNN_TILES, self.tiles[conv.name], _four_bits(conv)
             case "pairs":
                 method, packed = self.lib.MDSNN_PAIRS, self._pointer("int16_t", _pack_pairs(conv), np.int16)
             case _:
-                method = self.lib.MDSNN_EVENTS_32
-                if _sums_fit(self.network, conv):
-                    flush = _flush(conv.weight)
-                    method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
+                flush, widen = _flush(conv.weight), _widen(self.network, conv) or 0
+                method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
                 vector, biased = _VECTOR_BYTES[ISA_LEVELS[self.level]], method != self.lib.MDSNN_EVENTS_8
                 codes = _pack_events(conv, vector, biased)
                 nibbles = not biased and int(np.abs(codes).max()) < 8
@@ -769,6 +785,7 @@ class _Plan:
             "fire": fire,
             "method": method,
             "flush": flush,
+            "widen": widen,
             "nibbles": int(nibbles),
             "band": self._band(group),
             "depth": _depth(conv),

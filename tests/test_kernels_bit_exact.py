@@ -378,6 +378,29 @@ def test_layers_about_the_width_of_a_vector(
     check(network, rng.integers(0, 256, (2, 1, 5, 6), np.uint8), name, monkeypatch)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(
+    ("channels", "bits", "low", "high", "slabs"),
+    [(330, 8, 20, 60, 1), (330, 8, -40, 50, 3), (530, 4, 7, 7, 8), (200, 8, 127, 127, None)],
+    ids=["every slab", "every third slab", "4 bits", "a slab beyond 16 bits"],
+)
+def test_sums_that_leave_16_bits(
+    name: str, channels: int, bits: int, low: int, high: int, slabs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events whose sums move to 32 bits every few slabs of 64 inputs: every neuron fires, weights mostly of one sign."""
+    rng = np.random.default_rng(channels)
+    nodes: list[Node] = [InputTable("input", np.full((1, 256), 100))]
+    nodes += [Conv("stem", "input", np.ones((channels, 1, 1, 1), int), 2), _affine("bn", "stem", channels)]
+    nodes += [_lif("lif", "bn", rng, v_th=0)]
+    nodes += [Conv("conv", "lif", rng.integers(low, high + 1, (66, channels, 3, 3)), bits, 1, 1)]
+    nodes += [_affine("bn2", "conv", 66, 3, 9), _lif("lif2", "bn2", rng, 8), SumPool("sum", "lif2", 3, 4)]
+    network = _network(nodes, InputSpec(1, 3, 4), 66)
+    conv = network["conv"]
+    assert isinstance(conv, Conv)
+    assert native._widen(network, conv) == slabs
+    check(network, rng.integers(0, 256, (1, 1, 3, 4), np.uint8), name, monkeypatch)
+
+
 def test_the_planted_networks_hold_every_kind_of_node() -> None:
     kinds = {type(node) for seed in range(40) for node in seeded_case(seed)[0].nodes}
     assert {BnAffine, BnDense, Add, MaxPool, SumPool, Linear, Requantize} <= kinds

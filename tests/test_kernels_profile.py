@@ -81,7 +81,7 @@ def test_the_work_of_a_layer_is_its_spikes_times_its_weights_or_its_dense_produc
     digits: IntegerNetwork,
 ) -> None:
     assert profile._work(digits, "groups.0.0.conv1", "events, 8 bits", 100.0) == 100 * 16 * 9
-    assert profile._work(digits, "groups.0.0.conv1", "events, 32 bits", 100.0) == 2 * 100 * 16 * 9
+    assert profile._work(digits, "groups.0.0.conv1", "events, 16 bits", 100.0) == 2 * 100 * 16 * 9
     assert profile._work(digits, "groups.1.0.conv1", "events, 8 bits", 100.0) == 100 * 32 * 9 / 4  # stride 2
     assert profile._work(digits, "groups.0.0.conv1", "tiles", 100.0) == 16 * 16 * 9 * 64 * 4
     assert profile._work(digits, "stem", "pairs", 0.0) == 16 * 9 * 64  # once: the same at every step

@@ -18,6 +18,7 @@
  * - For larger weights, words a = 256*odd + (even + 128) are added in 16 bits, wherever they wrap, and so are the odd
  *   bytes alone, b. Then the odd ones sum to b, and the even ones to a - 256*b - 128*entries, modulo 2**16: exact, since
  *   192 weights of 8 bits fit 16.
+ * Sums of 16 bits move to 32 every `widen` slabs, where the proof asks for it; native.py finds how many from the weights.
  * Sums of a row have windows to spare at both ends, for columns that lie under windows that are not there.
  */
 
@@ -34,7 +35,6 @@ typedef int16_t NAME(v16) __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t NAME(u16) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t NAME(v32) __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t NAME(u32) __attribute__((vector_size(VECTOR_BYTES)));
-typedef int16_t NAME(half16) __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 /* A layer's windows along a row. */
 typedef struct NAME(events) {
@@ -181,6 +181,15 @@ APART static uint8_t *NAME(list_row)(const mdsnn_op *op, const view *in, const N
     return to;
 }
 
+/* Has a vector loaded once, into a register: the compiler would read it again for each use. */
+#if defined(__AVX512F__)
+#define HOLD(vector) __asm__("" : "+v"(vector))
+#elif defined(__SSE2__) && defined(__GNUC__)
+#define HOLD(vector) __asm__("" : "+x"(vector))
+#else
+#define HOLD(vector)
+#endif
+
 static inline __attribute__((always_inline)) void NAME(add_row)(const int8_t *from, NAME(v8) *sum)
 {
 #pragma GCC unroll 8
@@ -191,29 +200,16 @@ static inline __attribute__((always_inline)) void NAME(add_row)(const int8_t *fr
     }
 }
 
-/* sums[16 or 32 bits] += the channels of one vector, the even bytes' in `even`, the odd ones' in `odd`. */
-static inline __attribute__((always_inline)) void NAME(add_words)(NAME(u16) even, NAME(u16) odd, int wide, void *sums)
+/* sums += the channels of one vector, the even bytes' in `even`, the odd ones' in `odd`. */
+static inline __attribute__((always_inline)) void NAME(add_words)(NAME(u16) even, NAME(u16) odd, int16_t *sums)
 {
     NAME(u16) words[2] = {even, odd};
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-        if (!wide) {
-            NAME(u16) total;
-            memcpy(&total, (int16_t *)sums + i * (VECTOR_BYTES / 2), sizeof total);
-            total += words[i];
-            memcpy((int16_t *)sums + i * (VECTOR_BYTES / 2), &total, sizeof total);
-            continue;
-        }
-        NAME(half16) half[2];
-        memcpy(half, &words[i], sizeof half);
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            int32_t *at = (int32_t *)sums + i * (VECTOR_BYTES / 2) + j * (VECTOR_BYTES / 4);
-            NAME(u32) total;
-            memcpy(&total, at, sizeof total);
-            total += (NAME(u32))__builtin_convertvector(half[j], NAME(v32));
-            memcpy(at, &total, sizeof total);
-        }
+        NAME(u16) total;
+        memcpy(&total, sums + i * (VECTOR_BYTES / 2), sizeof total);
+        total += words[i];
+        memcpy(sums + i * (VECTOR_BYTES / 2), &total, sizeof total);
     }
 }
 
@@ -243,24 +239,26 @@ static inline __attribute__((always_inline)) void NAME(add_rows_8)(const uint8_t
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; v++) {
                 NAME(v16) pairs = (NAME(v16))sum[k][v];
-                NAME(add_words)((NAME(u16))((NAME(v16))((NAME(u16))pairs << 8) >> 8), (NAME(u16))(pairs >> 8), 0,
+                NAME(add_words)((NAME(u16))((NAME(v16))((NAME(u16))pairs << 8) >> 8), (NAME(u16))(pairs >> 8),
                                 sums - k * next + v * VECTOR_BYTES);
             }
     } while (entry < end);
 }
 
-/* The same for weights of up to 8 bits, rows of them `pitch` bytes apart; sums of 32 bits if wide. */
+/* The same for weights of up to 8 bits, rows of them `pitch` bytes apart. */
 static inline __attribute__((always_inline)) void NAME(add_rows_16)(const uint8_t *entry, const uint8_t *end,
                                                                     const int8_t *weights, ptrdiff_t pitch, int taps,
-                                                                    int wide, uint8_t *sums, ptrdiff_t next)
+                                                                    int16_t *sums, ptrdiff_t next)
 {
     NAME(u16) all[TAPS][VECTORS], odd[TAPS][VECTORS];
+    const NAME(u16) bias = (NAME(u16)){0} + (uint16_t)(128 * (end - entry));
 #pragma GCC unroll 3
     for (int k = 0; k < taps; k++)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++)
-            all[k][v] = odd[k][v] = (NAME(u16)){0};
-    NAME(u16) bias = (NAME(u16)){0} + (uint16_t)(128 * (end - entry));
+        for (int v = 0; v < VECTORS; v++) {
+            all[k][v] = -bias;
+            odd[k][v] = (NAME(u16)){0};
+        }
     for (; entry < end; entry++) {
         const int8_t *row = weights + *entry * pitch;
 #pragma GCC unroll 3
@@ -269,6 +267,7 @@ static inline __attribute__((always_inline)) void NAME(add_rows_16)(const uint8_
             for (int v = 0; v < VECTORS; v++) {
                 NAME(v16) words;
                 memcpy(&words, row + k * BLOCK + v * VECTOR_BYTES, sizeof words);
+                HOLD(words);
                 all[k][v] += (NAME(u16))words;
                 odd[k][v] += (NAME(u16))(words >> 8);
             }
@@ -277,48 +276,45 @@ static inline __attribute__((always_inline)) void NAME(add_rows_16)(const uint8_
     for (int k = 0; k < taps; k++)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++)
-            NAME(add_words)(all[k][v] - (odd[k][v] << 8) - bias, odd[k][v], wide,
-                            sums - k * next + v * VECTOR_BYTES * (wide ? 4 : 2));
+            NAME(add_words)(all[k][v] - (odd[k][v] << 8), odd[k][v], sums - k * next + v * VECTOR_BYTES);
 }
 
 /* The columns under one group of taps: from column `x` on, every stride-th, whose first window is at sums. */
 static inline __attribute__((always_inline)) void NAME(events_taps)(const mdsnn_op *op, int method, int taps,
                                                                     const view *in, int x, int steps,
                                                                     const uint8_t *lists, const uint32_t *starts,
-                                                                    const int8_t *weights, uint8_t *sums)
+                                                                    const int8_t *weights, int16_t *sums)
 {
-    const int wide = method == MDSNN_EVENTS_32;
-    const ptrdiff_t size = wide ? 4 : 2, next = (ptrdiff_t)steps * BLOCK;
+    const ptrdiff_t next = (ptrdiff_t)steps * BLOCK;
     const int flush = op->flush, stride = op->stride, width = in->width;
     for (; x < width; x += stride)
-        for (int t = 0; t < steps; t++, sums += BLOCK * size) {
+        for (int t = 0; t < steps; t++, sums += BLOCK) {
             const uint32_t *start = starts + (ptrdiff_t)x * steps + t;
             const uint8_t *entry = lists + start[0], *end = lists + start[1];
             if (entry == end)
                 continue;
             if (method == MDSNN_EVENTS_8)
-                NAME(add_rows_8)(entry, end, weights, taps, flush, (int16_t *)sums, next);
+                NAME(add_rows_8)(entry, end, weights, taps, flush, sums, next);
             else
                 for (int k = 0; k < taps; k += WIDE_TAPS)
                     NAME(add_rows_16)(entry, end, weights + k * BLOCK, taps * BLOCK,
-                                      taps - k < WIDE_TAPS ? taps - k : WIDE_TAPS, wide, sums - k * next * size,
-                                      next * size);
+                                      taps - k < WIDE_TAPS ? taps - k : WIDE_TAPS, sums - k * next, next);
         }
 }
 
-/* Adds one slab of inputs to the sums [window][t][64] of one output row, int32 for EVENTS_32, else int16. */
+/* Adds one slab of inputs to the sums [window][t][64] of one output row. */
 APART static void NAME(events_row)(const mdsnn_op *op, const view *in, const NAME(events) *e, int slab,
-                                   const uint8_t *lists, const uint32_t *starts, const int8_t *weights, uint8_t *sums)
+                                   const uint8_t *lists, const uint32_t *starts, const int8_t *weights, int16_t *sums)
 {
     const int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
-    const ptrdiff_t window = (ptrdiff_t)e->steps * BLOCK * (op->method == MDSNN_EVENTS_32 ? 4 : 2);
+    const ptrdiff_t window = (ptrdiff_t)e->steps * BLOCK;
     const ptrdiff_t tap = (ptrdiff_t)(NAME(slab_rows)(op, slab) * BLOCK + 1) * BLOCK;
     for (int class = 0; class < classes; class++) {
         int taps = (op->kernel_width - class + stride - 1) / stride, x = class - op->padding;
         x = x < 0 ? (stride - -x % stride) % stride : x; /* the first column of this class */
         for (int first = 0; first < taps; first += TAPS) {
             int together = taps - first < TAPS ? taps - first : TAPS;
-            uint8_t *at = sums + (e->left + (x + op->padding - class) / stride - first) * window;
+            int16_t *at = sums + (e->left + (x + op->padding - class) / stride - first) * window;
 #define MDSNN_EVENTS_TAPS(METHOD)                                                                                    \
     if (together == 3)                                                                                               \
         NAME(events_taps)(op, METHOD, 3, in, x, e->steps, lists, starts, weights, at);                               \
@@ -328,14 +324,21 @@ APART static void NAME(events_row)(const mdsnn_op *op, const view *in, const NAM
         NAME(events_taps)(op, METHOD, 1, in, x, e->steps, lists, starts, weights, at)
             if (op->method == MDSNN_EVENTS_8) {
                 MDSNN_EVENTS_TAPS(MDSNN_EVENTS_8);
-            } else if (op->method == MDSNN_EVENTS_16) {
-                MDSNN_EVENTS_TAPS(MDSNN_EVENTS_16);
             } else {
-                MDSNN_EVENTS_TAPS(MDSNN_EVENTS_32);
+                MDSNN_EVENTS_TAPS(MDSNN_EVENTS_16);
             }
 #undef MDSNN_EVENTS_TAPS
             weights += tap * together;
         }
+    }
+}
+
+/* Moves `count` sums, a multiple of 64, to 32 bits: the first time, or added to what is there. Leaves 0. */
+APART static void NAME(widen)(int16_t *sums, ptrdiff_t count, int first, int32_t *totals)
+{
+    for (ptrdiff_t i = 0; i < count; i++) {
+        totals[i] = (first ? 0 : totals[i]) + sums[i];
+        sums[i] = 0;
     }
 }
 
@@ -361,3 +364,4 @@ static NAME(events) NAME(events_prepare)(const mdsnn_op *op, const view *in, int
 #undef ROWS
 #undef FILL
 #undef WIDE_TAPS
+#undef HOLD

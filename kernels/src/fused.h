@@ -29,12 +29,13 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     NAME(events) e =
         NAME(events_prepare)(op, &in, to.channels, to.width, steps_of(f, op), f->work + op->work_spots);
-    uint8_t *lists = f->work + op->work_input, *sums = f->work + op->work_sums;
+    uint8_t *lists = f->work + op->work_input;
+    int16_t *sums = (int16_t *)(f->work + op->work_sums);
     int8_t *slab = (int8_t *)(f->work + op->work_slab);
     uint32_t *starts = (uint32_t *)(f->work + op->work_starts);
-    int wide = op->method == MDSNN_EVENTS_32;
     ptrdiff_t starts_slab = (ptrdiff_t)e.steps * in.width + 1, starts_row = starts_slab * e.slabs;
-    ptrdiff_t window = (ptrdiff_t)e.steps * BLOCK * (wide ? 4 : 2), sums_row = e.across * window; /* bytes */
+    ptrdiff_t window = (ptrdiff_t)e.steps * BLOCK, sums_row = e.across * window;
+    int32_t *totals = (int32_t *)(sums + sums_row * op->band);
     ptrdiff_t weights = NAME(slab_at)(op, e.slabs);
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
     NAME(share) part = NAME(share_of)(f, to.height, e.outs);
@@ -51,7 +52,7 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
             end = NAME(list_row)(op, &in, &e, y + r, lists, end, starts + r * starts_row, starts_slab);
         at = ticks_count(f, op, MDSNN_GATHER, at);
         for (int o = part.out; o < part.end_out; o++) {
-            memset(sums, 0, (size_t)(sums_row * rows));
+            memset(sums, 0, sizeof *sums * (size_t)(sums_row * rows));
             for (int i = 0; i < e.slabs; i++) {
                 const int8_t *packed = op->weight + (o * weights + NAME(slab_at)(op, i)) / (op->nibbles ? 2 : 1);
                 int only = e.slabs == 1 && part.end_out - part.out == 1; /* then it is still there */
@@ -60,11 +61,15 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
                 for (int r = 0; r < rows; r++)
                     NAME(events_row)(op, &in, &e, i, lists, starts + r * starts_row + i * starts_slab,
                                      op->nibbles ? slab : packed, sums + r * sums_row);
+                if (op->widen && ((i + 1) % op->widen == 0 || i + 1 == e.slabs))
+                    NAME(widen)(sums, sums_row * rows, i < op->widen, totals);
             }
             at = ticks_count(f, op, MDSNN_SUMS, at);
-            for (int r = 0; r < rows; r++)
-                NAME(epilogue)(f, op, k, sums + r * sums_row + e.left * window, wide, y_row, y + r, 0, to.width,
-                               o * BLOCK, BLOCK);
+            for (int r = 0; r < rows; r++) {
+                ptrdiff_t row = r * sums_row + e.left * window;
+                NAME(epilogue)(f, op, k, op->widen ? (const void *)(totals + row) : sums + row, op->widen != 0, y_row,
+                               y + r, 0, to.width, o * BLOCK, BLOCK);
+            }
             at = ticks_count(f, op, MDSNN_EPILOGUE, at);
         }
     }

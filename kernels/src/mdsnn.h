@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 14 };
+enum mdsnn_version { MDSNN_CONTRACT = 15 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -38,7 +38,6 @@ enum mdsnn_kind {
 enum mdsnn_method {
     MDSNN_EVENTS_8,  /* spikes: rows of weights added in 8 bits, moved to 16 bits every `flush` rows */
     MDSNN_EVENTS_16, /* spikes: rows of weights added in 16 bits */
-    MDSNN_EVENTS_32, /* the same, moved to 32 bits column by column */
     MDSNN_PAIRS,     /* codes of 8 bits: products of pairs of inputs, 32 bits */
     MDSNN_TILES      /* spikes or codes of 8 bits: AMX */
 };
@@ -124,6 +123,7 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t method;        /* enum mdsnn_method */
     int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4 */
+    int32_t widen;         /* events: slabs whose sums fit 16 bits together, then they move to 32; 0: all fit */
     int32_t nibbles;       /* events, tiles: 1: two weights a byte, which are unpacked slab by slab */
     int32_t band;          /* output rows worked on at a time */
     int32_t depth;         /* pairs: inputs under a window, even */
