@@ -387,7 +387,7 @@ def test_layers_about_the_width_of_a_vector(
 def test_sums_that_leave_16_bits(
     name: str, channels: int, bits: int, low: int, high: int, slabs: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events whose sums move to 32 bits every few slabs of 64 inputs: every neuron fires, weights mostly of one sign."""
+    """Events whose sums move to 32 bits every few slabs: every neuron fires, weights mostly of one sign."""
     rng = np.random.default_rng(channels)
     nodes: list[Node] = [InputTable("input", np.full((1, 256), 100))]
     nodes += [Conv("stem", "input", np.ones((channels, 1, 1, 1), int), 2), _affine("bn", "stem", channels)]
