@@ -386,7 +386,7 @@ def load_activity(path: str | Path, network: IntegerNetwork) -> Activity:
     raises  InputError  for anything else, naming the file and the fault; nothing is unpickled, and the sizes of all
                         members are checked before one is inflated
     """
-    content = read_bounded(path, MAX_FILE, what="activity file")
+    content = read_bounded(path, MAX_FILE, what="file of activity")
     where = str(path)
     arrays = _read_npz(content, where)
     head = _head(arrays.pop("head", None), where)

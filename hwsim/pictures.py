@@ -59,7 +59,8 @@ def stacked(rows: Sequence[dict[str, Any]], name: str, share: str, label: str) -
             f"<title>{escape(str(row[name]))}: {float(row[share]):.1%}</title></rect>"
         )
         if width > 46:
-            parts.append(_text(x + 3, 42, _short(str(row[name]), int(width / 6)), size=10))
+            text, limit = str(row[name]), int(width / 7)
+            parts.append(_text(x + 3, 42, text if len(text) <= limit else text[: limit - 1] + "\u2026", size=10))
             parts.append(_text(x + 3, 54, f"{float(row[share]):.0%}", size=10))
         x += width
     return _svg(580, 58, label, parts)

@@ -598,14 +598,16 @@ def summary(report: Report) -> str:
             :100
         ],
         f"energy {number(t['energy_uJ'])} uJ | latency {number(t['latency_ms'])} ms ({t['schedule']}) | "
-        f"area {number(t['area_mm2'])} mm2 | {t['tiles']} tiles, {t['crossbars']} crossbars",
+        f"area {number(t['area_mm2'])} mm2 | {t['tiles']} tile{'s' * (t['tiles'] > 1)}, {t['crossbars']} crossbars",
         f"{number(t['TOPS_per_W'])} TOPS/W | {number(t['TOPS_per_mm2'])} TOPS/mm2 | "
         f"EDAP {number(t['EDAP_mJ_ms_mm2'])} mJ ms mm2 | {number(t['ops'])} dense ops",
     ]
     for what, rows in (("energy", report.energy), ("area", report.area)):
         lines.append(f"{what}: " + ", ".join(f"{r['component']} {r['share']:.0%}" for r in rows[:6]))
     largest = sorted(report.layers, key=lambda row: -row["share"])[:4]
-    lines.append(f"of {len(report.layers)} layers: " + ", ".join(f"{r['name']} {r['share']:.0%}" for r in largest))
+    lines.append(
+        f"energy of {len(report.layers)} layers: " + ", ".join(f"{r['name']} {r['share']:.0%}" for r in largest)
+    )
     if report.energies is not None:
         e = report.energies
         at = e["break_even_density"]

@@ -457,7 +457,8 @@ def document(rows: list[Row], tests: int) -> str:
         "Written by `python tests/mutate_hwsim.py --write`; do not edit. " + " ".join(about[1].split()),
         f"**Score: {score(rows):.1f} %** of {counts['killed'] + counts['survived']} mutants ("
         f"{counts['killed']} killed, {counts['survived']} survived), judged by {tests} tests; "
-        f"{counts['equivalent']} more are equivalent. Judged so far: {', '.join(judged)}, of {', '.join(FILES)}.",
+        f"{counts['equivalent']} more are equivalent. Judged: {', '.join(judged)}"
+        + ("." if set(judged) == set(FILES) else f", of {', '.join(FILES)}."),
         " ".join(about[3].split()),
         "## By file\n\n" + tally("file"),
         "## By kind of change\n\n" + tally("kind"),

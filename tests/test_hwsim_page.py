@@ -42,6 +42,9 @@ seen.drawn = Array.from(document.querySelectorAll("svg")).map(function (s) {
   return [box.width, box.height, s.querySelectorAll("rect").length];
 });
 seen.overflow = document.documentElement.scrollWidth - window.innerWidth;
+seen.clipped = Math.max(...Array.from(document.querySelectorAll(".scroll")).map(function (s) {
+  return s.scrollWidth - s.clientWidth;
+}));
 seen.background = getComputedStyle(document.body).backgroundColor;
 seen.errors = window.faults;
 document.body.setAttribute("data-seen", JSON.stringify(seen));
@@ -73,7 +76,7 @@ def page() -> str:
 
 
 def test_tables_sort_and_pictures_are_drawn(page: str, tmp_path: Path) -> None:
-    result = seen(page, tmp_path, "--window-size=1200,900")
+    result = seen(page, tmp_path, "--window-size=1280,900")
     assert result["errors"] == []
     assert result["up"] == sorted(result["up"])
     assert result["down"] == sorted(result["up"], reverse=True)
@@ -82,7 +85,15 @@ def test_tables_sort_and_pictures_are_drawn(page: str, tmp_path: Path) -> None:
     assert len(result["drawn"]) == 8
     assert all(width > 100 and height > 20 and shapes > 0 for width, height, shapes in result["drawn"])
     assert result["overflow"] <= 0
+    assert result["clipped"] <= 0
     assert result["background"] == "rgb(255, 255, 255)"
+
+
+def test_a_printed_page_holds_every_column(page: str, tmp_path: Path) -> None:
+    paper = page.replace("@media print{", "@media all{", 1)
+    result = seen(paper, tmp_path, "--window-size=718,900")  # A4 with margins of 1 cm
+    assert result["overflow"] <= 0
+    assert result["clipped"] <= 0
 
 
 def test_a_dark_narrow_screen_fits(page: str, tmp_path: Path) -> None:
