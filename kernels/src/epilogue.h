@@ -98,8 +98,8 @@ typedef struct NAME(lanes) {
 } NAME(lanes);
 
 /* All steps of `many` pixels from p on. Several at once, since the steps of one pixel wait for each other. The last
- * arguments are constants of the caller, so that each use is compiled for its own case; `common` says: an affine bn
- * with short products, a LIF that is lif_common or none, no trace and nothing to keep. */
+ * arguments are constants of the caller, so that each use is compiled for its own case; `common` says: an affine bn,
+ * a LIF that is lif_common or none, no trace and nothing to keep. */
 static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NAME(lanes) *e, int p, int many,
                                                                         int common, int adds, int stores, int fires)
 {
@@ -116,7 +116,7 @@ static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NA
             NAME(v16) v;
             if (common || e->affine) {
                 NAME(v32) low = NAME(load_sums)(e->sums, e->wide, i), high = NAME(load_sums)(e->sums, e->wide, i + half);
-                if (common || e->short_product) { /* half the work of a product of 32 bits */
+                if (e->short_product) { /* half the work of a product of 32 bits */
                     low = NAME(multiply_pairs)((NAME(v16))low, (NAME(v16))e->a0);
                     high = NAME(multiply_pairs)((NAME(v16))high, (NAME(v16))e->a1);
                 } else {
@@ -144,7 +144,7 @@ static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NA
         if (common) {
             if (many == 1)
                 h[1] = h[0];
-            __m256i spikes = NAME(lif_two)(e->k, h, decoded);
+            __m256i spikes = NAME(lif_two)(e->fire, e->k, h, decoded);
             uint8_t *s = e->s + p * e->s_pixel + t * e->s_step;
             _mm_storeu_si128((__m128i *)s, _mm256_castsi256_si128(spikes));
             if (many == 2)
@@ -232,7 +232,7 @@ APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(
     e.keep = f->keep;
     e.top = (NAME(v16)){0} + (int16_t)bn->saturation;
     e.bottom = -e.top;
-    const int common = e.affine && e.short_product && !e.trace && !e.keep && (!fires || NAME(lif_common_i16)(fire));
+    const int common = e.affine && !e.trace && !e.keep && (!fires || NAME(lif_common_i16)(fire));
     for (int c = 0; c < here; c += LANES) {
         e.c = first + c;
         e.lanes = here - c < LANES ? here - c : LANES;

@@ -32,6 +32,7 @@ typedef struct STREAM_NAME(lif_constants) {
     __m256i decode_low, decode_high; /* bytes of what the first code left and its followers decode to */
     __m256i cell_below_low, cell_below_high, cell_decode_low, cell_decode_high; /* bytes; each threshold - 1 */
     __m256i cell_base, cell_span, cell_factor;
+    __m256i table_base, table_last; /* of the table of codes */
 #endif
 } STREAM_NAME(lif_constants);
 
@@ -60,21 +61,23 @@ static inline int32_t STREAM_NAME(lif_code)(const mdsnn_op *op, int32_t u)
     return op->code_first + from;
 }
 
-/* Whether a LIF is one that lif_fire has a short way for: hard reset, post_reset, thresholds few or in buckets. */
+/* Whether a LIF is one that lif_fire has a short way for: hard reset, post_reset, thresholds few, in buckets or cells,
+ * or, where a vector can look up, in a table that words can count. */
 static inline int STREAM_NAME(lif_common)(const mdsnn_op *op)
 {
     if (op->pre_fire || op->soft)
         return 0;
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-    return op->buckets;
+    return op->buckets || (op->search == MDSNN_TABLE && op->code_count <= INT16_MAX);
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
-    return op->cells;
+    return op->cells || (op->search == MDSNN_TABLE && op->code_count <= INT16_MAX);
 #else
     return op->search == MDSNN_COMPARE && op->thresholds < 16;
 #endif
 }
 
-/* Codes of u, and what they decode to. `common` is a constant of the caller: 1 says lif_common. */
+/* Codes of u, and what they decode to. `common` is a constant of the caller: 1 says lif_common, and that the codes
+ * themselves are not read. */
 static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const mdsnn_op *op,
                                                                           const STREAM_NAME(lif_constants) *k,
                                                                           int common, STREAM_NAME(vec) u,
@@ -82,13 +85,23 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
                                                                           STREAM_NAME(vec) *decoded)
 {
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-    if (common || op->buckets) {
+    if (op->buckets) {
         __m512i i = _mm512_sra_epi16(_mm512_sub_epi16((__m512i)u, k->bucket_base), k->bucket_shift);
         i = _mm512_min_epi16(_mm512_max_epi16(i, _mm512_setzero_si512()), _mm512_set1_epi16(MDSNN_BUCKETS - 1));
         __mmask32 reached = _mm512_cmpge_epi16_mask((__m512i)u, _mm512_permutexvar_epi16(i, k->bucket_threshold));
         i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
         *q = (STREAM_NAME(vec))_mm512_permutexvar_epi16(i, k->bucket_code);
         *decoded = (STREAM_NAME(vec))_mm512_permutexvar_epi16(i, k->bucket_decode);
+        return;
+    }
+    if (common) {
+        __m512i i = _mm512_subs_epi16((__m512i)u, _mm512_set1_epi16((short)op->code_base));
+        i = _mm512_max_epi16(i, _mm512_setzero_si512());
+        i = _mm512_min_epi16(i, _mm512_set1_epi16((short)(op->code_count - 1)));
+        __m512i even = _mm512_and_si512(i, _mm512_set1_epi32(0xFFFF)), odd = _mm512_srli_epi32(i, 16);
+        even = _mm512_srli_epi32(_mm512_i32gather_epi32(even, op->code_decode, 4), 16);
+        odd = _mm512_i32gather_epi32(odd, op->code_decode, 4);
+        *decoded = (STREAM_NAME(vec))_mm512_mask_blend_epi16(0xAAAAAAAA, even, odd);
         return;
     }
 #endif
@@ -168,7 +181,8 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
 /* Two vectors of h, of a LIF that is lif_common: what their codes decode to, and the spikes as bytes of 0 and 1, the
  * first vector's in the lower half. Bytes of both lie in one vector, so that a table of 16 words is looked up in two
  * shuffles. */
-static inline __attribute__((always_inline)) __m256i NAME(lif_two)(const STREAM_NAME(lif_constants) *k,
+static inline __attribute__((always_inline)) __m256i NAME(lif_two)(const mdsnn_op *op,
+                                                                   const STREAM_NAME(lif_constants) *k,
                                                                    const STREAM_NAME(vec) h[2],
                                                                    STREAM_NAME(vec) decoded[2])
 {
@@ -176,6 +190,21 @@ static inline __attribute__((always_inline)) __m256i NAME(lif_two)(const STREAM_
     for (int j = 0; j < 2; j++) {
         fired[j] = _mm256_cmpgt_epi16((__m256i)h[j], (__m256i)k->v_th);
         u[j] = _mm256_andnot_si256(fired[j], (__m256i)h[j]);
+    }
+    __m256i spikes = _mm256_and_si256(_mm256_packs_epi16(fired[0], fired[1]), _mm256_set1_epi8(1));
+    spikes = _mm256_permute4x64_epi64(spikes, 0xD8);
+    if (!op->cells) {
+        for (int j = 0; j < 2; j++) {
+            __m256i i = _mm256_max_epi16(_mm256_subs_epi16(u[j], k->table_base), _mm256_setzero_si256());
+            i = _mm256_min_epi16(i, k->table_last);
+            __m256i even = _mm256_and_si256(i, _mm256_set1_epi32(0xFFFF)), odd = _mm256_srli_epi32(i, 16);
+            even = _mm256_srli_epi32(_mm256_i32gather_epi32(op->code_decode, even, 4), 16);
+            odd = _mm256_i32gather_epi32(op->code_decode, odd, 4);
+            decoded[j] = (STREAM_NAME(vec))_mm256_blend_epi16(even, odd, 0xAA);
+        }
+        return spikes;
+    }
+    for (int j = 0; j < 2; j++) {
         cell[j] = _mm256_max_epi16(_mm256_subs_epi16(u[j], k->cell_base), _mm256_setzero_si256());
         cell[j] = _mm256_mulhi_epi16(_mm256_min_epi16(cell[j], k->cell_span), k->cell_factor);
     }
@@ -188,8 +217,7 @@ static inline __attribute__((always_inline)) __m256i NAME(lif_two)(const STREAM_
     high = _mm256_shuffle_epi8(k->cell_decode_high, both);
     decoded[0] = (STREAM_NAME(vec))_mm256_unpacklo_epi8(low, high);
     decoded[1] = (STREAM_NAME(vec))_mm256_unpackhi_epi8(low, high);
-    __m256i spikes = _mm256_and_si256(_mm256_packs_epi16(fired[0], fired[1]), _mm256_set1_epi8(1));
-    return _mm256_permute4x64_epi64(spikes, 0xD8);
+    return spikes;
 }
 #endif
 
@@ -304,6 +332,10 @@ static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constan
         memcpy(&k->decode_low, low, sizeof low);
         memcpy(&k->decode_high, high, sizeof high);
     }
+    if (op->search == MDSNN_TABLE) {
+        k->table_base = _mm256_set1_epi16((short)op->code_base);
+        k->table_last = _mm256_set1_epi16((short)(op->code_count - 1));
+    }
     if (op->cells) {
         k->cell_base = _mm256_set1_epi16((short)op->cell_base);
         k->cell_span = _mm256_set1_epi16((short)op->cell_span);
@@ -326,8 +358,8 @@ static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constan
 
 #if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
 /* All steps of the neurons c..c+LANES of two pixels, of a LIF that is lif_common, without trace or codes to keep. */
-static inline void NAME(lif_lanes_two)(const frame *f, const STREAM_NAME(lif_constants) *k, const STREAM *x,
-                                       ptrdiff_t x_pixel, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_pixel,
+static inline void NAME(lif_lanes_two)(const frame *f, const mdsnn_op *op, const STREAM_NAME(lif_constants) *k,
+                                       const STREAM *x, ptrdiff_t x_pixel, ptrdiff_t x_step, uint8_t *s, ptrdiff_t s_pixel,
                                        ptrdiff_t s_step)
 {
     STREAM_NAME(vec) decoded[2] = {k->decode_zero, k->decode_zero}, h[2];
@@ -336,7 +368,7 @@ static inline void NAME(lif_lanes_two)(const frame *f, const STREAM_NAME(lif_con
             memcpy(&h[j], x + j * x_pixel, sizeof h[j]);
             h[j] = (STREAM_NAME(vec))((STREAM_NAME(uvec))h[j] + (STREAM_NAME(uvec))decoded[j]);
         }
-        __m256i spikes = NAME(lif_two)(k, h, decoded);
+        __m256i spikes = NAME(lif_two)(op, k, h, decoded);
         _mm_storeu_si128((__m128i *)s, _mm256_castsi256_si128(spikes));
         _mm_storeu_si128((__m128i *)(s + s_pixel), _mm256_extracti128_si256(spikes, 1));
     }
@@ -353,7 +385,7 @@ static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREA
     if (STREAM_NAME(lif_common)(op) && f->fresh && !f->keep && !f->call->trace_h && channels % LANES == 0)
         for (; p + 2 <= pixels; p += 2, x += 2 * x_pixel, s += 2 * s_pixel, q += 2 * channels, at += 2)
             for (int c = 0; c < channels; c += LANES)
-                NAME(lif_lanes_two)(f, k, x + c, x_pixel, x_step, s + c, s_pixel, s_step);
+                NAME(lif_lanes_two)(f, op, k, x + c, x_pixel, x_step, s + c, s_pixel, s_step);
 #endif
     for (; p < pixels; p++, x += x_pixel, s += s_pixel, q += channels, at++) {
         int c = 0;
