@@ -420,6 +420,24 @@ static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const vie
                     _mm512_storeu_si512(to + t * out->step + c, _mm512_and_si512(bit, _mm512_set1_epi8(1)));
                 }
             }
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+            for (; c + 32 <= out->channels; c += 32) {
+                __m256i eight[4];
+                for (int i = 0; i < 4; i++) {
+                    __m256i at = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(from + c + 8 * i)));
+                    at = _mm256_sub_epi32(at, _mm256_set1_epi32(op->pattern_first));
+                    at = _mm256_i32gather_epi32((const int *)(const void *)op->pattern, at, 1);
+                    eight[i] = _mm256_and_si256(at, _mm256_set1_epi32(0xFF));
+                }
+                __m256i pattern = _mm256_packus_epi16(_mm256_packus_epi32(eight[0], eight[1]),
+                                                      _mm256_packus_epi32(eight[2], eight[3]));
+                pattern = _mm256_permutevar8x32_epi32(pattern, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+                for (int t = 0; t < f->steps; t++) {
+                    __m256i bit = _mm256_srl_epi16(pattern, _mm_cvtsi32_si128(t));
+                    _mm256_storeu_si256((__m256i *)(to + t * out->step + c),
+                                        _mm256_and_si256(bit, _mm256_set1_epi8(1)));
+                }
+            }
 #endif
             for (; c < out->channels; c += 16) { /* spikes have room for 64 */
                 uint8_t pattern[16] = {0};

@@ -41,6 +41,19 @@ static void STREAM_NAME(requantize)(const frame *f, const mdsnn_op *op)
                     v = _mm512_min_epi16(v, _mm512_set1_epi16((short)top));
                     _mm512_mask_cvtepi16_storeu_epi8(to + c, here, v);
                 }
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+                for (; c + 32 <= channels; c += 32) { /* the same */
+                    __m256i v[2];
+                    for (int i = 0; i < 2; i++) {
+                        v[i] = _mm256_loadu_si256((const __m256i *)(from + c + 16 * i));
+                        v[i] = _mm256_sra_epi16(v[i], _mm_cvtsi32_si128(shift - 1));
+                        v[i] = _mm256_srai_epi16(_mm256_adds_epi16(v[i], _mm256_set1_epi16(1)), 1);
+                        v[i] = _mm256_max_epi16(v[i], _mm256_set1_epi16((short)-top));
+                        v[i] = _mm256_min_epi16(v[i], _mm256_set1_epi16((short)top));
+                    }
+                    __m256i codes = _mm256_permute4x64_epi64(_mm256_packs_epi16(v[0], v[1]), 0xD8);
+                    _mm256_storeu_si256((__m256i *)(to + c), codes);
+                }
 #endif
                 for (; c < channels; c++) {
                     int32_t v = (from[c] + half) >> shift;
