@@ -720,7 +720,7 @@ class _Plan:
             (height + 2 * conv.padding) * columns * steps * _up(c_in) + tall * _BLOCK,
             2 * _up(c_in) * conv.weight.shape[2] * kw * _PAIR if _four_bits(conv) else 0,
             0,
-            0,
+            8 * _up(c_in) // _BLOCK * conv.weight.shape[2] * kw,
             (8 * _PAIR + _BLOCK) * tall * 4,
             tall * _BLOCK << self.stream_type,
         )

@@ -14,8 +14,7 @@
  * each then gives 32 outputs in order.
  *
  * Weights of at most 4 bits lie two a byte, the second half in the upper four bits: [out/32][in/64][ky][kx][in/4 16][64].
- * They are unpacked for 32 outputs at a time, while the products of the 32 before run. The weights of all layers lie one
- * after the other in the order they are needed: those AHEAD bytes further are fetched from the far cache.
+ * They are unpacked for 32 outputs at a time, while the products of the 32 before run.
  *
  * A group of tiles holds whole pixels: one tile, if the steps divide 16. Two groups are summed at a time, by 32 outputs:
  * each tile loaded is used twice. Where four tiles hold all outputs and weights have 4 bits, the four are summed at
@@ -23,16 +22,13 @@
  * one pair (or four) of groups run, the sums of the one before, still in the L1 cache, go through bn, residual add and
  * LIF, a few pixels between two products: the matrix unit and the vector unit work side by side.
  *
- * The intrinsics of gcc do not say that they touch memory, hence the fences around them, and the configuration is
- * loaded by hand.
+ * The intrinsics of gcc do not say that they touch memory, hence instructions written by hand.
  */
 
 #define TILE 16
 #define PAIR 32
-#define AHEAD 262144
 #define RING 16 /* taps of 64 inputs by 16 outputs */
 #define LAG 8   /* of them that are unpacked before they are needed */
-#define FENCE() __asm__ volatile("" ::: "memory")
 
 typedef struct NAME(tiles) {
     const uint8_t *input;
@@ -112,6 +108,14 @@ APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in,
 
 /* ------------------------------------------------------------------------------------------- bn, add, LIF */
 
+/* Of bn, in the order of the sums; of the LIF, on h + 2**15 without sign: a word is in bucket
+ * min(word - base, last) >> bucket, never below the first. */
+typedef struct NAME(constants) {
+    __m512i multiplier_0, multiplier_1, offset_0, offset_1, shift_0, shift_1, bottom, top;
+    __m512i v_th, base, reset, last, bucket, threshold, decode, start;
+    const int32_t *table; /* or mdsnn_op.code_decode */
+} NAME(constants);
+
 /* What the 32 channels from `first` on need after their sums. */
 typedef struct NAME(follow) {
     const frame *f;
@@ -122,92 +126,97 @@ typedef struct NAME(follow) {
     int plain;     /* 1: a case for epilogue.h */
     int16_t *room; /* its rows after bn */
     int32_t *rows; /* its sums, in order, 64 to a step */
-    __m512i multiplier[2], offset[2], shift[2]; /* in the order of the sums */
-    __m512i bottom, top;
-    /* the LIF, on h + 2**15 without sign: a word is in bucket min(word - base, last) >> bucket, never below the first */
-    __m512i v_th, base, reset, last, bucket, threshold, decode, start;
-    const int32_t *table; /* or mdsnn_op.code_decode */
+    NAME(constants) c;
 } NAME(follow);
+
+/* A pixel of a batch: its sums [t][half][16], and where its first step lies in the values. */
+typedef struct NAME(slot) {
+    const int32_t *sums;
+    const int16_t *add;
+    int16_t *to;
+    uint8_t *s;
+} NAME(slot);
 
 enum { NAME(slots) = 2 * TILE }; /* pixels of two groups */
 
-/* A pair of groups whose sums are there; all pixels of one step come before the next step. */
+/* A few groups of tiles. */
 typedef struct NAME(batch) {
     const NAME(follow) *e;
-    int slots;   /* its pixels, up to an even number by the last one again; 0: nothing to do */
-    int t, slot; /* what comes next */
-    const int32_t *sums[NAME(slots)]; /* [t][half][16] */
-    const int16_t *add[NAME(slots)];
-    int16_t *to[NAME(slots)];
-    uint8_t *s[NAME(slots)];
-    __m512i decoded[NAME(slots)];
+    int slots; /* its pixels, up to an even number by the last one again; 0: nothing to do */
+    NAME(slot) slot[NAME(slots)];
 } NAME(batch);
 
-/* Step t of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is compiled
- * for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds lie in
- * buckets or, where `table` says so, in a table, nothing kept. e is a copy that stays in registers. */
-static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(follow) *e, NAME(batch) *batch, int slot,
-                                                                     int many, int narrow, int adds, int stores,
-                                                                     int fires, int table)
+/* Where bn and LIF of a batch are: all steps of four pixels come before the next four. */
+typedef struct NAME(cursor) {
+    const NAME(slot) *slot, *end;
+    int t;
+    __m512i decoded[4];
+} NAME(cursor);
+
+/* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
+ * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds
+ * lie in buckets or, where `table` says so, in a table, nothing kept. */
+static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, const NAME(follow) *e,
+                                                                     NAME(cursor) *at, int many, int narrow, int adds,
+                                                                     int stores, int fires, int table)
 {
-    const int t = batch->t;
-    const ptrdiff_t add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
+    const ptrdiff_t t = at->t, add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
 #pragma GCC unroll 4
-    for (int j = slot; j < slot + many; j++) {
-        __m512i low = _mm512_loadu_si512(batch->sums[j] + (ptrdiff_t)t * PAIR);
-        __m512i high = _mm512_loadu_si512(batch->sums[j] + (ptrdiff_t)t * PAIR + TILE);
+    for (int j = 0; j < many; j++) {
+        const NAME(slot) *slot = at->slot + j;
+        __m512i low = _mm512_loadu_si512(slot->sums + t * PAIR);
+        __m512i high = _mm512_loadu_si512(slot->sums + t * PAIR + TILE);
         if (narrow) { /* multipliers are pairs of 16 bits, the second one 0 */
-            low = _mm512_dpwssd_epi32(e->offset[0], low, e->multiplier[0]);
-            high = _mm512_dpwssd_epi32(e->offset[1], high, e->multiplier[1]);
+            low = _mm512_dpwssd_epi32(c->offset_0, low, c->multiplier_0);
+            high = _mm512_dpwssd_epi32(c->offset_1, high, c->multiplier_1);
         } else {
-            low = _mm512_add_epi32(_mm512_mullo_epi32(low, e->multiplier[0]), e->offset[0]);
-            high = _mm512_add_epi32(_mm512_mullo_epi32(high, e->multiplier[1]), e->offset[1]);
+            low = _mm512_add_epi32(_mm512_mullo_epi32(low, c->multiplier_0), c->offset_0);
+            high = _mm512_add_epi32(_mm512_mullo_epi32(high, c->multiplier_1), c->offset_1);
         }
-        low = _mm512_srav_epi32(low, e->shift[0]);
-        high = _mm512_srav_epi32(high, e->shift[1]);
-        __m512i v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), e->bottom), e->top);
+        low = _mm512_srav_epi32(low, c->shift_0);
+        high = _mm512_srav_epi32(high, c->shift_1);
+        __m512i v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
         if (adds)
-            v = _mm512_add_epi16(v, _mm512_loadu_si512(batch->add[j] + add_at));
+            v = _mm512_add_epi16(v, _mm512_loadu_si512(slot->add + add_at));
         if (stores)
-            _mm512_storeu_si512(batch->to[j] + to_at, v);
+            _mm512_storeu_si512(slot->to + to_at, v);
         if (fires) {
-            __m512i h = _mm512_add_epi16(v, t ? batch->decoded[j] : e->start);
-            __mmask32 still = _mm512_cmple_epu16_mask(h, e->v_th);
+            __m512i h = _mm512_add_epi16(v, at->decoded[j]);
+            __mmask32 still = _mm512_cmple_epu16_mask(h, c->v_th);
             __m256i spikes = _mm256_mask_mov_epi8(_mm256_set1_epi8(1), still, _mm256_setzero_si256());
-            _mm256_storeu_si256((__m256i *)(batch->s[j] + s_at), spikes);
-            __m512i u = _mm512_mask_subs_epu16(e->reset, still, h, e->base);
-            u = _mm512_min_epu16(u, e->last);
+            _mm256_storeu_si256((__m256i *)(slot->s + s_at), spikes);
+            __m512i u = _mm512_mask_subs_epu16(c->reset, still, h, c->base);
+            u = _mm512_min_epu16(u, c->last);
             if (table) {
                 const __m512i zero = _mm512_setzero_si512(); /* words apart and together again keep their order */
-                low = _mm512_i32gather_epi32(_mm512_unpacklo_epi16(u, zero), e->table, 4);
-                high = _mm512_i32gather_epi32(_mm512_unpackhi_epi16(u, zero), e->table, 4);
+                low = _mm512_i32gather_epi32(_mm512_unpacklo_epi16(u, zero), c->table, 4);
+                high = _mm512_i32gather_epi32(_mm512_unpackhi_epi16(u, zero), c->table, 4);
                 u = _mm512_packs_epi32(_mm512_srai_epi32(low, 16), _mm512_srai_epi32(high, 16));
-                batch->decoded[j] = _mm512_xor_si512(u, _mm512_set1_epi16((short)0x8000));
+                at->decoded[j] = _mm512_xor_si512(u, _mm512_set1_epi16((short)0x8000));
             } else {
-                __m512i i = _mm512_srlv_epi16(u, e->bucket);
-                __mmask32 reached = _mm512_cmpge_epu16_mask(u, _mm512_permutexvar_epi16(i, e->threshold));
+                __m512i i = _mm512_srlv_epi16(u, c->bucket);
+                __mmask32 reached = _mm512_cmpge_epu16_mask(u, _mm512_permutexvar_epi16(i, c->threshold));
                 i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
-                batch->decoded[j] = _mm512_permutexvar_epi16(i, e->decode);
+                at->decoded[j] = _mm512_permutexvar_epi16(i, c->decode);
             }
         }
     }
 }
 
 /* One step of the next four pixels, or two. */
-static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(follow) *e, NAME(batch) *batch, int narrow,
-                                                                    int adds, int stores, int fires, int table)
+static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(constants) *c, const NAME(follow) *e,
+                                                                    NAME(cursor) *at, int narrow, int adds, int stores,
+                                                                    int fires, int table)
 {
-    if (batch->slot + 4 <= batch->slots) {
-        NAME(follow_slots)(e, batch, batch->slot, 4, narrow, adds, stores, fires, table);
-        batch->slot += 4;
-    } else {
-        NAME(follow_slots)(e, batch, batch->slot, 2, narrow, adds, stores, fires, table);
-        batch->slot += 2;
-    }
-    if (batch->slot == batch->slots) {
-        batch->slot = 0;
-        if (++batch->t == e->steps)
-            batch->slots = 0;
+    int many = at->end - at->slot >= 4 ? 4 : 2;
+    if (many == 4)
+        NAME(follow_slots)(c, e, at, 4, narrow, adds, stores, fires, table);
+    else
+        NAME(follow_slots)(c, e, at, 2, narrow, adds, stores, fires, table);
+    if (++at->t == e->steps) {
+        at->t = 0;
+        at->slot += many;
+        at->decoded[0] = at->decoded[1] = at->decoded[2] = at->decoded[3] = c->start;
     }
 }
 
@@ -215,31 +224,22 @@ static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(f
 static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int x, int pixels)
 {
     const NAME(follow) *e = batch->e;
-    const int16_t *add = (const int16_t *)e->other.at + y * e->other.row + x * e->other.pixel;
-    int16_t *to = (int16_t *)e->out.at + y * e->out.row + x * e->out.pixel;
-    uint8_t *s = e->spikes.at + y * e->spikes.row + x * e->spikes.pixel;
-    ptrdiff_t sums_pixel = (ptrdiff_t)e->steps * PAIR;
-    for (int j = batch->slots; j < batch->slots + pixels; j++) {
-        batch->sums[j] = sums;
-        batch->add[j] = add;
-        batch->to[j] = to;
-        batch->s[j] = s;
-        sums += sums_pixel;
-        add += e->other.pixel;
-        to += e->out.pixel;
-        s += e->spikes.pixel;
+    NAME(slot) slot = {sums, (const int16_t *)e->other.at + y * e->other.row + x * e->other.pixel,
+                       (int16_t *)e->out.at + y * e->out.row + x * e->out.pixel,
+                       e->spikes.at + y * e->spikes.row + x * e->spikes.pixel};
+    for (int j = 0; j < pixels; j++) {
+        batch->slot[batch->slots++] = slot;
+        slot.sums += (ptrdiff_t)e->steps * PAIR;
+        slot.add += e->other.pixel;
+        slot.to += e->out.pixel;
+        slot.s += e->spikes.pixel;
     }
-    batch->slots += pixels;
 }
 
 static void NAME(batch_end)(NAME(batch) *batch)
 {
-    int j = batch->slots;
-    if (j % 2) {
-        batch->sums[j] = batch->sums[j - 1];
-        batch->add[j] = batch->add[j - 1];
-        batch->to[j] = batch->to[j - 1];
-        batch->s[j] = batch->s[j - 1];
+    if (batch->slots % 2) {
+        batch->slot[batch->slots] = batch->slot[batch->slots - 1];
         batch->slots++;
     }
 }
@@ -267,25 +267,25 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
         e->out = view_of(f, op->out);
     if (fire)
         e->spikes = view_of(f, fire->out);
-    e->top = _mm512_set1_epi16((short)bn->saturation);
-    e->bottom = _mm512_set1_epi16((short)-bn->saturation);
+    e->c.top = _mm512_set1_epi16((short)bn->saturation);
+    e->c.bottom = _mm512_set1_epi16((short)-bn->saturation);
     const __m512i sign = _mm512_set1_epi16((short)0x8000);
-    e->v_th = _mm512_xor_si512((__m512i)k->v_th, sign);
-    e->start = _mm512_xor_si512((__m512i)k->decode_zero, sign);
+    e->c.v_th = _mm512_xor_si512((__m512i)k->v_th, sign);
+    e->c.start = _mm512_xor_si512((__m512i)k->decode_zero, sign);
     if (fire && fire->buckets) {
         int32_t last = (MDSNN_BUCKETS << fire->bucket_shift) - 1;
-        e->base = _mm512_xor_si512(k->bucket_base, sign);
-        e->reset = _mm512_subs_epu16(sign, e->base);
-        e->last = _mm512_set1_epi16((short)(last < UINT16_MAX ? last : UINT16_MAX));
-        e->bucket = _mm512_set1_epi16((short)fire->bucket_shift);
-        e->threshold = _mm512_sub_epi16(k->bucket_threshold, k->bucket_base);
-        e->decode = _mm512_xor_si512(k->bucket_decode, sign);
+        e->c.base = _mm512_xor_si512(k->bucket_base, sign);
+        e->c.reset = _mm512_subs_epu16(sign, e->c.base);
+        e->c.last = _mm512_set1_epi16((short)(last < UINT16_MAX ? last : UINT16_MAX));
+        e->c.bucket = _mm512_set1_epi16((short)fire->bucket_shift);
+        e->c.threshold = _mm512_sub_epi16(k->bucket_threshold, k->bucket_base);
+        e->c.decode = _mm512_xor_si512(k->bucket_decode, sign);
     } else if (fire && fire->search == MDSNN_TABLE) {
-        e->base = _mm512_xor_si512(_mm512_set1_epi16((short)fire->code_base), sign);
-        e->reset = _mm512_subs_epu16(sign, e->base);
-        e->last = _mm512_set1_epi16((short)(fire->code_count - 1));
-        e->reset = _mm512_min_epu16(e->reset, e->last);
-        e->table = fire->code_decode;
+        e->c.base = _mm512_xor_si512(_mm512_set1_epi16((short)fire->code_base), sign);
+        e->c.reset = _mm512_subs_epu16(sign, e->c.base);
+        e->c.last = _mm512_set1_epi16((short)(fire->code_count - 1));
+        e->c.reset = _mm512_min_epu16(e->c.reset, e->c.last);
+        e->c.table = fire->code_decode;
     }
     e->plain = f->plan->stream_type != MDSNN_I16 || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
                (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
@@ -305,15 +305,15 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
         return;
     const __m512i half = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
     const __m512i order[2] = {half, _mm512_add_epi32(half, _mm512_set1_epi32(4))};
-    for (int i = 0; i < 2; i++) {
-        e->multiplier[i] = _mm512_permutex2var_epi32(_mm512_loadu_si512(bn->multiplier + first), order[i],
-                                                     _mm512_loadu_si512(bn->multiplier + first + TILE));
-        e->offset[i] = _mm512_permutex2var_epi32(_mm512_loadu_si512(bn->offset_32 + first), order[i],
-                                                 _mm512_loadu_si512(bn->offset_32 + first + TILE));
-        e->shift[i] = _mm512_permutex2var_epi32(_mm512_loadu_si512(bn->shift_32 + first), order[i],
-                                                _mm512_loadu_si512(bn->shift_32 + first + TILE));
-        if (bn->short_product)
-            e->multiplier[i] = _mm512_and_si512(e->multiplier[i], _mm512_set1_epi32(0xFFFF));
+    const int32_t *from[3] = {bn->multiplier + first, bn->offset_32 + first, bn->shift_32 + first};
+    __m512i *to[3][2] = {{&e->c.multiplier_0, &e->c.multiplier_1}, {&e->c.offset_0, &e->c.offset_1}, {&e->c.shift_0, &e->c.shift_1}};
+    for (int i = 0; i < 3; i++)
+        for (int half = 0; half < 2; half++)
+            *to[i][half] = _mm512_permutex2var_epi32(_mm512_loadu_si512(from[i]), order[half],
+                                                     _mm512_loadu_si512(from[i] + TILE));
+    if (bn->short_product) {
+        e->c.multiplier_0 = _mm512_and_si512(e->c.multiplier_0, _mm512_set1_epi32(0xFFFF));
+        e->c.multiplier_1 = _mm512_and_si512(e->c.multiplier_1, _mm512_set1_epi32(0xFFFF));
     }
 }
 
@@ -333,7 +333,6 @@ static inline void NAME(unpack_tap)(NAME(stream) *next)
 {
     const __m512i low = _mm512_set1_epi64(0x0102040808080808), high = _mm512_set1_epi64(0x1020408080808080);
     for (int line = 0; line < TILE; line++) {
-        _mm_prefetch((const char *)next->from + AHEAD, _MM_HINT_T1);
         __m512i both = _mm512_loadu_si512(next->from);
         _mm512_storeu_si512(next->to, _mm512_gf2p8affine_epi64_epi8(both, low, 0));
         _mm512_storeu_si512(next->to + TILE * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, high, 0));
@@ -350,8 +349,6 @@ static inline void NAME(unpack_half)(NAME(stream) *next)
     const __m512i sign = _mm512_set1_epi64(next->half ? 0x1020408080808080 : 0x0102040808080808);
     int8_t *to = next->to + next->slot * (TILE * BLOCK);
     for (int line = 0; line < TILE; line++) {
-        if (line % 2)
-            _mm_prefetch((const char *)next->from + AHEAD + (line - next->half) * BLOCK, _MM_HINT_T1);
         __m512i both = _mm512_loadu_si512(next->from + line * BLOCK);
         _mm512_storeu_si512(to + line * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, sign, 0));
     }
@@ -365,161 +362,143 @@ static inline void NAME(unpack_half)(NAME(stream) *next)
     }
 }
 
-/* Fetches the weights of one tap of 64 inputs, for later. */
-static inline void NAME(fetch)(NAME(stream) *next)
-{
-    for (int line = 0; line < PAIR; line++)
-        _mm_prefetch((const char *)next->from + AHEAD + line * BLOCK, _MM_HINT_T1);
-    next->from += PAIR * BLOCK;
-    next->left--;
-}
-
-/* Two tiles of outputs by 32 channels, or four, and what goes on between their products. */
+/* Two groups of outputs by 32 channels, or four, and what goes on between their products. */
 typedef struct NAME(job) {
     const mdsnn_op *op;
     const NAME(tiles) *g;
-    int many; /* tiles: 2 or 4 */
+    int many; /* groups: 2 or 4 */
     const uint8_t *from[4];
     const int8_t *weights;
-    int first, end; /* rows of the window that meet the image */
-    int32_t *sums[4];
-    NAME(batch) *before;
+    const ptrdiff_t *taps;    /* where the inputs of a tap lie, from those of the first one */
+    int first, end;           /* taps of the window that meet the image */
+    int32_t *sums[4];         /* of the groups */
+    int32_t *held[4];         /* where what the tiles hold goes: sums of the groups before */
+    const NAME(batch) *before;
     NAME(stream) *next;
-    int products;         /* over which the rest is spread: */
-    int parts, parts_due; /* of `before` */
-    int taps, taps_due;   /* of `next` */
+    int unpacks; /* taps of `next` that are due */
 } NAME(job);
 
-/* What is due after a product of four tiles. */
-static inline __attribute__((always_inline)) void NAME(between)(NAME(job) *job, const NAME(follow) *e, int many,
-                                                                int follows, int narrow, int adds, int stores,
-                                                                int fires, int table)
-{
-    if (follows) {
-        job->parts_due += job->parts;
-        if (job->parts_due >= job->products && job->before->slots) {
-            job->parts_due -= job->products;
-            NAME(follow_next)(e, job->before, narrow, adds, stores, fires, table);
-        }
+#define LOAD(tile, at, line)                                                                                           \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(at), "r"((ptrdiff_t)(line)) : "memory")
+#define STORE(tile, at)                                                                                                \
+    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(at), "r"(PAIR * sizeof(int32_t)) : "memory")
+/* What a tile holds goes to memory just before its first product: so the stores wait beside products, not after them. */
+#define CHANGE(tile)                                                                                                   \
+    if (change) {                                                                                                      \
+        STORE(tile, job->held[tile]);                                                                                  \
+        _tile_zero(tile);                                                                                              \
     }
-    job->taps_due += job->taps;
-    if (job->taps_due >= job->products && job->next->left) {
-        job->taps_due -= job->products;
-        if (!job->op->nibbles)
-            NAME(fetch)(job->next);
-        else if (many == 4)
-            NAME(unpack_half)(job->next);
-        else
-            NAME(unpack_tap)(job->next);
+
+/* The products of one tap; `change`: the first of their tiles. */
+static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int four, int change)
+{
+    const ptrdiff_t line = BLOCK, at = job->taps[tap];
+    if (four) {
+        NAME(stream) *next = job->next;
+        LOAD(4, next->to + next->read * (TILE * BLOCK), BLOCK);
+        next->read = (next->read + 1) % RING;
+        LOAD(5, job->from[0] + at, line);
+        CHANGE(0)
+        _tile_dpbssd(0, 5, 4);
+        LOAD(6, job->from[1] + at, line);
+        CHANGE(1)
+        _tile_dpbssd(1, 6, 4);
+        LOAD(7, job->from[2] + at, line);
+        CHANGE(2)
+        _tile_dpbssd(2, 7, 4);
+        LOAD(5, job->from[3] + at, line);
+        CHANGE(3)
+        _tile_dpbssd(3, 5, 4);
+    } else {
+        const int8_t *w = job->weights + (ptrdiff_t)tap * (PAIR * BLOCK);
+        LOAD(4, w, BLOCK);
+        LOAD(6, job->from[0] + at, line);
+        CHANGE(0)
+        _tile_dpbssd(0, 6, 4);
+        LOAD(5, w + TILE * BLOCK, BLOCK);
+        CHANGE(1)
+        _tile_dpbssd(1, 6, 5);
+        LOAD(7, job->from[1] + at, line);
+        CHANGE(2)
+        _tile_dpbssd(2, 7, 4);
+        CHANGE(3)
+        _tile_dpbssd(3, 7, 5);
     }
 }
 
-/* Four tiles of outputs by 16 channels, the first or the second half of 32. */
-static inline __attribute__((always_inline)) void NAME(tiles_four)(NAME(job) *job, int half, int follows, int narrow,
-                                                                   int adds, int stores, int fires, int table)
+/* Tiles hold the sums of another part of the groups now. */
+static inline __attribute__((always_inline)) void NAME(hold)(NAME(job) *job, int four, int tile)
 {
-    const mdsnn_op *op = job->op;
-    const NAME(tiles) *g = job->g;
-    const NAME(follow) e = *job->before->e;
-    NAME(stream) *next = job->next;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int i = 0; i < g->chunks; i++)
-        for (int ky = job->first; ky < job->end; ky++) {
-            int class = 0;
-            ptrdiff_t row = i * g->chunk + ky * g->row, column = 0;
-            for (int kx = 0; kx < op->kernel_width; kx++) {
-                ptrdiff_t tap = row + class * g->class + column;
-                _tile_loadd(4, next->to + next->read * (TILE * BLOCK), BLOCK);
-                next->read = (next->read + 1) % RING;
-                _tile_loadd(5, job->from[0] + tap, BLOCK);
-                _tile_dpbssd(0, 5, 4);
-                _tile_loadd(6, job->from[1] + tap, BLOCK);
-                _tile_dpbssd(1, 6, 4);
-                _tile_loadd(7, job->from[2] + tap, BLOCK);
-                _tile_dpbssd(2, 7, 4);
-                _tile_loadd(5, job->from[3] + tap, BLOCK);
-                _tile_dpbssd(3, 5, 4);
-                if (++class == op->stride) {
-                    class = 0;
-                    column += g->column;
-                }
-                NAME(between)(job, &e, 4, follows, narrow, adds, stores, fires, table);
-            }
-        }
-    _tile_stored(0, job->sums[0] + half * TILE, PAIR * sizeof(int32_t));
-    _tile_stored(1, job->sums[1] + half * TILE, PAIR * sizeof(int32_t));
-    _tile_stored(2, job->sums[2] + half * TILE, PAIR * sizeof(int32_t));
-    _tile_stored(3, job->sums[3] + half * TILE, PAIR * sizeof(int32_t));
-    FENCE();
+    for (int j = 0; j < 4; j++)
+        job->held[j] = four ? job->sums[j] + tile * TILE : job->sums[j / 2] + tile * TILE * PAIR + j % 2 * TILE;
 }
 
-static inline __attribute__((always_inline)) void NAME(tiles_two)(NAME(job) *job, int follows, int narrow, int adds,
+/* Stores what the tiles hold. */
+static inline void NAME(let_go)(const NAME(job) *job)
+{
+    STORE(0, job->held[0]);
+    STORE(1, job->held[1]);
+    STORE(2, job->held[2]);
+    STORE(3, job->held[3]);
+}
+
+/* All products of the groups, and what follows those of the batch before. */
+static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int narrow, int adds,
                                                                   int stores, int fires, int table)
 {
-    const mdsnn_op *op = job->op;
-    const NAME(tiles) *g = job->g;
-    const NAME(follow) e = *job->before->e;
-    const ptrdiff_t taps = (ptrdiff_t)op->kernel_width * PAIR * BLOCK;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int i = 0; i < g->chunks; i++)
-        for (int ky = job->first; ky < job->end; ky++) {
-            const int8_t *w = job->weights + (i * op->kernel_height + ky) * taps;
-            int class = 0;
-            ptrdiff_t row = i * g->chunk + ky * g->row, column = 0;
-            for (int kx = 0; kx < op->kernel_width; kx++, w += PAIR * BLOCK) {
-                ptrdiff_t tap = row + class * g->class + column;
-                _tile_loadd(4, w, BLOCK);
-                _tile_loadd(6, job->from[0] + tap, BLOCK);
-                _tile_dpbssd(0, 6, 4);
-                _tile_loadd(5, w + TILE * BLOCK, BLOCK);
-                _tile_dpbssd(1, 6, 5);
-                _tile_loadd(7, job->from[1] + tap, BLOCK);
-                _tile_dpbssd(2, 7, 4);
-                _tile_dpbssd(3, 7, 5);
-                if (++class == op->stride) {
-                    class = 0;
-                    column += g->column;
-                }
-                NAME(between)(job, &e, 2, follows, narrow, adds, stores, fires, table);
+    const NAME(follow) *e = job->before->e;
+    const NAME(constants) c = {e->c.multiplier_0, e->c.multiplier_1, e->c.offset_0, e->c.offset_1, e->c.shift_0, e->c.shift_1,
+                               e->c.bottom, e->c.top, e->c.v_th, e->c.base, e->c.reset, e->c.last, e->c.bucket, e->c.threshold, e->c.decode, e->c.start,
+                               e->c.table};
+    NAME(cursor) at = {job->before->slot, job->before->slot + job->before->slots, 0, {c.start, c.start, c.start, c.start}};
+    const int four = job->many == 4, inside = job->end - job->first;
+    const int window = job->op->kernel_height * job->op->kernel_width;
+    const int many = inside * job->g->chunks * (four ? 2 : job->g->tall);
+    const int parts = (job->before->slots + 3) / 4 * e->steps;
+    int parts_due = 0, unpacks_due = 0, tap = job->first, end = job->end, tile = 0;
+    if (!many)
+        NAME(let_go)(job);
+    for (int left = many;;) {
+        if (left) {
+            if (tap == job->first) {
+                NAME(product)(job, tap, four, 1);
+                NAME(hold)(job, four, tile++);
+            } else
+                NAME(product)(job, tap, four, 0);
+            if (++tap == end) { /* of the window; on to the next 64 inputs */
+                tap += window - inside;
+                end += window;
             }
-        }
-    _tile_stored(0, job->sums[0], PAIR * sizeof(int32_t));
-    _tile_stored(1, job->sums[0] + TILE, PAIR * sizeof(int32_t));
-    _tile_stored(2, job->sums[1], PAIR * sizeof(int32_t));
-    _tile_stored(3, job->sums[1] + TILE, PAIR * sizeof(int32_t));
-    FENCE();
-}
-
-/* All tiles of two groups, then what is left of the batch before. */
-static inline __attribute__((always_inline)) void NAME(tiles_pair)(NAME(job) *job, int follows, int narrow, int adds,
-                                                                   int stores, int fires, int table)
-{
-    FENCE();
-    if (job->many == 4)
-        for (int half = 0; half < 2; half++)
-            NAME(tiles_four)(job, half, follows, narrow, adds, stores, fires, table);
-    for (int tile = 0; job->many == 2 && tile < job->g->tall; tile++) {
-        NAME(tiles_two)(job, follows, narrow, adds, stores, fires, table);
-        for (int j = 0; j < 2; j++) {
-            job->from[j] += TILE * BLOCK;
-            job->sums[j] += TILE * PAIR;
-        }
+            if (tap >= window * job->g->chunks) {
+                tap = job->first;
+                end = job->end;
+                for (int j = 0; j < 2; j++)
+                    job->from[j] += four ? 0 : TILE * BLOCK;
+            }
+            left--;
+            unpacks_due += job->unpacks;
+            if (unpacks_due >= many && job->next->left) {
+                unpacks_due -= many;
+                if (four)
+                    NAME(unpack_half)(job->next);
+                else
+                    NAME(unpack_tap)(job->next);
+            }
+            parts_due += parts;
+            if (parts_due < many)
+                continue;
+            parts_due -= many;
+        } else if (!follows || at.slot == at.end)
+            break;
+        if (follows && at.slot < at.end)
+            NAME(follow_next)(&c, e, &at, narrow, adds, stores, fires, table);
     }
-    const NAME(follow) e = *job->before->e;
-    while (follows && job->before->slots)
-        NAME(follow_next)(&e, job->before, narrow, adds, stores, fires, table);
 }
 
 #define MDSNN_PAIR(FUNCTION, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE)                                            \
     APART static void NAME(FUNCTION)(NAME(job) *job)                                                                 \
     {                                                                                                                \
-        NAME(tiles_pair)(job, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE);                                          \
+        NAME(tiles_run)(job, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE);                                          \
     }
 #define MDSNN_PAIRS(KIND, NARROW)                                                                                    \
     MDSNN_PAIR(KIND##_store, 1, NARROW, 0, 1, 0, 0)                                                                  \
@@ -558,7 +537,12 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(tiles) g = NAME(tiles_prepare)(op, &in, &to, steps_of(f, op), f->call->scratch + op->work_input);
     began = ticks_count(f, op, MDSNN_GATHER, began);
     int32_t *sums = (int32_t *)(f->work + op->work_sums); /* of the pair at hand, and of the one before */
-    ptrdiff_t group = (ptrdiff_t)g.tall * TILE * PAIR;
+    ptrdiff_t group = (ptrdiff_t)g.tall * TILE * PAIR, *offsets = (ptrdiff_t *)(f->work + op->work_starts);
+    int row = op->kernel_width, window = op->kernel_height * row;
+    for (int tap = 0; tap < g.chunks * window; tap++) {
+        int i = tap / window, ky = tap % window / row, kx = tap % row;
+        offsets[tap] = i * g.chunk + ky * g.row + kx % op->stride * g.class + kx / op->stride * g.column;
+    }
     NAME(follow) follow[2]; /* of the 32 channels at hand, and of those before */
     NAME(follow_begin)(&follow[0], f, op, k);
     follow[0].room = (int16_t *)(f->work + op->work_y);
@@ -571,7 +555,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         : kinds[op->bn->short_product != 0][op->other >= 0][op->out >= 0][!op->fire ? 0 : op->fire->buckets ? 1 : 2];
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
-    int taps = g.chunks * op->kernel_height * op->kernel_width, turn = 0;
+    int taps = g.chunks * window, turn = 0;
     int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way; or a ring */
     NAME(stream) next = {.from = op->weight, .to = unpacked, .left = taps, .taps = taps};
     int groups = g.across * to.height, four = op->nibbles && groups > 2 && groups <= 4 && g.tall == 1 &&
@@ -583,7 +567,9 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     else if (op->nibbles)
         while (next.left)
             NAME(unpack_tap)(&next);
-    NAME(job) job = {.op = op, .g = &g, .next = &next, .many = four ? 4 : 2};
+    NAME(job) job = {.op = op, .g = &g, .taps = offsets, .next = &next, .many = four ? 4 : 2};
+    for (int j = 0; j < 4; j++)
+        job.held[j] = sums; /* nothing yet */
     for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
         if (c)
             follow[n] = follow[!n];
@@ -591,12 +577,12 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         job.weights = op->nibbles ? unpacked + n * g.weights : op->weight + c / PAIR * g.weights;
         if (!four) {
             next.to = unpacked + !n * g.weights;
-            next.left = !op->nibbles || c + PAIR < to.channels ? taps : 0;
+            next.left = op->nibbles && c + PAIR < to.channels ? taps : 0;
         }
         for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
-            now->t = now->slot = now->slots = 0;
+            now->slots = 0;
             int first = op->kernel_height, end = 0, ys[4], xs[4], pixels[4];
             for (int j = 0; j < job.many; j++) {
                 int beside = i < side_by_side, k_th = four ? j : beside ? i : 2 * (i - side_by_side) + j;
@@ -616,18 +602,17 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
                 first = above < first ? above : first;
                 end = below > end ? below : end;
             }
-            job.first = first < 0 ? 0 : first;
-            job.end = end > op->kernel_height ? op->kernel_height : end;
-            job.before = &batches[!turn];
-            if (four) { /* weights come in order, those that meet nothing too */
+            job.first = four || first < 0 ? 0 : first * row; /* four: weights come in order, those for nothing too */
+            job.end = four || end > op->kernel_height ? window : end * row;
+            if (job.end <= job.first) { /* nothing but padding: zeros are copied there */
                 job.first = 0;
-                job.end = op->kernel_height;
+                job.end = row;
             }
-            job.products = g.chunks * (job.end - job.first) * op->kernel_width * (four ? 2 : g.tall);
-            job.parts = job.before->slots ? g.steps * ((job.before->slots + 3) / 4) : 0;
-            job.parts_due = job.taps_due = 0;
-            job.taps = four ? job.products : (next.left + rounds - i - 1) / (rounds - i);
+            job.before = &batches[!turn];
+            job.unpacks = four ? 2 * taps : (next.left + rounds - i - 1) / (rounds - i);
             pair(&job);
+            if (follow[0].plain)
+                NAME(let_go)(&job);
             for (int j = 0; j < job.many; j++)
                 if (follow[0].plain)
                     NAME(follow_plain)(&follow[n], sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
@@ -635,20 +620,19 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
                     NAME(batch_add)(now, sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
             NAME(batch_end)(now);
         }
-        while (op->nibbles && !four && next.left)
+        while (!four && next.left)
             NAME(unpack_tap)(&next);
     }
-    job.first = job.end = job.products = 0; /* no products: what is left */
+    job.first = job.end = 0; /* no products: what is left */
     job.before = &batches[!turn];
-    for (int j = 0; j < job.many; j++)
-        job.sums[j] = sums + (4 * turn + j) * group;
     pair(&job);
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
 
-#undef FENCE
+#undef CHANGE
+#undef STORE
+#undef LOAD
 #undef TILE
 #undef PAIR
-#undef AHEAD
 #undef RING
 #undef LAG
