@@ -173,7 +173,7 @@ def main(
     extra("train", "mdsnn.train")
     make_folder(Path(json_file).parent)
     check_writable(json_file, force=force)
-    common = {"data": data, "data_path": data_path, "threads": 1, **train._settings(changes)}
+    common = {"data": data, "data_path": data_path, "threads": 1, **train.recipe_fields(changes)}
     teachers: dict[int, dict[str, Any]] = {}
     calls: list[tuple[Any, ...]] = [(seed, {**common, "timesteps": window}, out) for seed in range(seeds)]
     for call, teacher in _parallel(train_teacher, calls, processes):

@@ -3,24 +3,21 @@
 The file is the strict container of `mdsnn.kernels.container`. Tensors are named `model/<name>`,
 `optimizer/<parameter>/<slot>` and `generator/<name>`; the document holds the model's configuration (what
 `mdsnn.models.build` takes), the epoch, the resolved recipe and the history. A PyTorch checkpoint of another program
-(.pth) is read by a process of its own (`load_foreign`).
+(.pth) is read by `mdsnn.foreign`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mdsnn.kernels.container import MAX_FILE, MAX_HEADER, canonical_json, pack, unpack
-from mdsnn.kernels.errors import ArtifactError, CheckpointError, FormatError, InputError, MdsnnError
+from mdsnn.kernels.errors import ArtifactError, CheckpointError, MdsnnError
 from mdsnn.kernels.files import read_bounded, write_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +27,6 @@ Array = npt.NDArray[Any]
 
 KEY = "mdsnn.checkpoint"
 FORMAT = "mdsnn.checkpoint/1"
-_FOREIGN_KEY = "mdsnn.foreign"
 _FIELDS: dict[str, type] = {
     "config": dict,
     "epoch": int,
@@ -98,13 +94,13 @@ def save(
     config = getattr(model, "config", None)
     if type(config) is not dict:
         raise CheckpointError(f"{path}: the model has no `config` dictionary, so that no file could rebuild it")
-    tensors = {f"model/{name}": _numpy(value) for name, value in model.state_dict().items()}
+    tensors = {f"model/{name}": as_numpy(value) for name, value in model.state_dict().items()}
     state: dict[str, Any] = {}
     if optimizer is not None:
         slots, state = _split_optimizer(optimizer.state_dict())
         tensors |= slots
     for name, generator in (generators or {}).items():
-        tensors[f"generator/{name}"] = _numpy(generator.get_state())
+        tensors[f"generator/{name}"] = as_numpy(generator.get_state())
     _check_finite(str(path), tensors)
     document = {
         "config": config,
@@ -135,7 +131,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     content = read_bounded(path, MAX_FILE, what="checkpoint")
     if content[:1] in (b"P", b"\x80") and int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise CheckpointError(
-            f"{where}: this looks like a PyTorch checkpoint, not one of mdsnn; read it with load_foreign"
+            f"{where}: this looks like a PyTorch checkpoint, not one of mdsnn; read it with mdsnn.foreign.load"
         )
     document, tensors = unpack(content, KEY, where, error=CheckpointError)
     found = document.get("format")
@@ -270,7 +266,8 @@ def restore_generators(generators: Mapping[str, torch.Generator], checkpoint: Ch
             raise CheckpointError(f"{checkpoint.where}: random state {name!r}: {fault}") from fault
 
 
-def _numpy(tensor: torch.Tensor) -> Array:
+def as_numpy(tensor: torch.Tensor) -> Array:
+    """The tensor's values, off its device and its graph."""
     array: Array = tensor.detach().cpu().numpy()
     return array
 
@@ -282,7 +279,7 @@ def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Array], dict[str,
         rest[str(index)] = {}
         for slot, value in slots.items():
             if hasattr(value, "detach"):
-                tensors[f"optimizer/{index}/{slot}"] = _numpy(value)
+                tensors[f"optimizer/{index}/{slot}"] = as_numpy(value)
             else:
                 rest[str(index)][slot] = value
     return tensors, {"state": rest, "groups": [dict(group) for group in state["param_groups"]]}
@@ -307,91 +304,3 @@ def _check_config(where: str, checkpoint: Checkpoint) -> None:
             numbers.extend((name, item) for item in (value.values() if type(value) is dict else value))
         elif type(value) is int and abs(value) > _MAX_SIZE:
             raise CheckpointError(f"{where}: config: {name} holds {value}, over the limit of {_MAX_SIZE}")
-
-
-# ----------------------------------------------------------------------------------------- PyTorch's own checkpoints
-
-
-def load_foreign(path: str | os.PathLike[str], *, timeout_s: float = 120.0, megabytes: int = 1024) -> dict[str, Array]:
-    """Read the tensors of another program's PyTorch checkpoint (.pth, .pt), in a process of its own.
-
-    The process calls `torch.load(weights_only=True)` with no fallback, bounded by `timeout_s` and, where the system
-    can, by `megabytes` + four times the file in memory. The state dictionary is the file itself, or its entry
-    `state_dict`, `model_state_dict`, `model` or `net`; a prefix `module.` that all names share is dropped. Half
-    precision widens to float32.
-
-    returns  name -> array. `apply` holds the names and shapes against a model
-    raises   InputError       if the file is missing, empty or too large
-             CheckpointError  if it cannot be read under these terms: wants to run code, is damaged, has no tensors
-    """
-    file = Path(path)
-    try:
-        size = file.stat().st_size
-    except OSError as fault:
-        raise InputError(f"{path}: no such file, or not readable; a PyTorch checkpoint was expected") from fault
-    if not file.is_file() or not 0 < size <= MAX_FILE:
-        raise InputError(f"{path}: not a regular file of 1..{MAX_FILE} bytes; a PyTorch checkpoint was expected")
-    limit = (megabytes << 20) + 4 * size
-    command = [sys.executable, "-P", "-c", "from mdsnn.checkpoint import _foreign_main; _foreign_main()"]
-    try:
-        done = subprocess.run(
-            [*command, str(file.resolve()), str(limit)], capture_output=True, timeout=timeout_s, check=False
-        )
-    except subprocess.TimeoutExpired as fault:
-        raise CheckpointError(f"{path}: was not read within {timeout_s:g} s and was given up") from fault
-    if done.returncode != 0:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        why = said[-1][:300] if said else f"the reading process ended with {done.returncode}"
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint of plain tensors: {why}")
-    return unpack(done.stdout, _FOREIGN_KEY, str(path), error=CheckpointError)[1]
-
-
-def _foreign_main() -> None:
-    """The child of `load_foreign`: arguments path and memory limit; a container on stdout, or one line on stderr."""
-    import torch
-
-    path, limit = sys.argv[1], int(sys.argv[2])
-    try:
-        _limit_memory(limit)
-        tensors = _foreign_tensors(torch.load(path, map_location="cpu", weights_only=True))
-        sys.stdout.buffer.write(pack(tensors, {}, _FOREIGN_KEY))
-        sys.stdout.buffer.flush()
-    except Exception as fault:  # the process ends here; the parent turns the line into a CheckpointError
-        text = str(fault).strip().splitlines() or [""]
-        sys.stderr.write(f"{type(fault).__name__}: {text[0][:250]}\n")
-        raise SystemExit(1) from None
-
-
-def _limit_memory(limit: int) -> None:
-    """Cap this process's address space at what it has already plus `limit` bytes; nothing where that is not known."""
-    try:
-        import resource
-
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
-    except (ImportError, OSError, ValueError):
-        return
-
-
-def _foreign_tensors(content: Any) -> dict[str, Array]:
-    import torch
-
-    state = content
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state:
-        raise FormatError("no state dictionary in it")
-    wrapped = all(str(name).startswith("module.") for name in state)
-    tensors: dict[str, Array] = {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise FormatError(
-                f"entry {str(name)!r} is no plain tensor; entries are {', '.join(map(str, list(state)[:6]))}"
-            )
-        if value.dtype in (torch.float16, torch.bfloat16):
-            value = value.float()
-        elif value.dtype == torch.bool:
-            value = value.to(torch.uint8)
-        tensors[str(name)[len("module.") :] if wrapped else str(name)] = _numpy(value)
-    return tensors

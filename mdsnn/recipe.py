@@ -21,8 +21,17 @@ from .surrogate import SURROGATES
 
 FAMILY = "ms_resnet"
 """The model of a network that nothing else decides."""
-PATHS = ("data_path", "save_path", "teacher_path")
+PATHS = ("data_path", "save_path", "teacher_path", "teacher_names")
 """Fields that say where things lie on one machine: kept in recipe.json, but in no checkpoint."""
+NETWORK: dict[str, Any] = {
+    "stem": "cifar",
+    "norm": "bn",
+    "tau": 0.5,
+    "v_th": 0.5,
+    "reset": "hard",
+    "surrogate": "triangle",
+}
+"""Fields that a student takes from its teacher unless its recipe names them, and what they are without a teacher."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "setting": ("original", "student", "qamd"),
@@ -82,13 +91,16 @@ class TrainConfig:
     setting        "original" | "student" | "qamd", see above
     data           name of a data set (`mdsnn.data.load`); data_path: where its files are
     save_path      the run's folder         teacher_path: a teacher's checkpoint, ours or a PyTorch .pth
+    teacher_names  of a .pth: a JSON table of what is called how, see mdsnn.foreign.fit
     start          "teacher" copies its weights into the student first; default where there is a teacher, else "scratch"
     model          "ms_resnet" | "vgg"; default: the teacher's, else ms_resnet
     depth          18 or 34 (VGG: 9 or 16), or give blocks and widths, one number a group; default: the teacher's
     bits           of weights and membranes, 2..8; weight_bits and membrane_bits override it. Unused by "original"
     *_bits         2..8; 32 leaves weights, membranes or BN at full precision: an ablation, which has no integer form
                    and a live accuracy alone
-    tau, v_th, reset, surrogate, quantize, alpha, stem, *_bits, frac_bits, clip   as mdsnn.models.ms_resnet
+    tau, v_th, reset, surrogate, stem, norm ("bn" | "tdbn")   as mdsnn.models.ms_resnet; default: the teacher's, else
+                   those of NETWORK
+    quantize, alpha, *_bits, frac_bits, clip   as mdsnn.models.ms_resnet
     loss           "CLK" | "CLM" | "CL", weighted by loss_weights (alpha, beta, gamma of Eq. 7)
     temperature    of Eq. 6 for membranes; logit_temperature for logits, None: the same; direction: see distill
     taps           where membranes are compared: "conv" | "block" | "group"
@@ -97,7 +109,7 @@ class TrainConfig:
     grad_clip      largest norm of the whole gradient; 0: unlimited
     shift, flip, cutout   augmentation on uint8, see mdsnn.data.Augmentation
     freeze_epochs  so many last epochs train under fixed BN statistics and EMA scales, those that freezing takes
-    quantizer      of weights and membranes: "tanh" (Eq. 3) or "mint" (one learned scale)     norm: "bn" | "tdbn"
+    quantizer      of weights and membranes: "tanh" (Eq. 3) or "mint" (one learned scale)
     precision      "bf16": convolutions and matrix products of the live network by autocast; never of the frozen one
     compile        by torch.compile     checkpoint_activations: less memory, more time
     seed           of weights, order and augmentation     threads: of torch; 0: as they are     device: "cpu" | "cuda"
@@ -108,12 +120,13 @@ class TrainConfig:
     data_path: str | None = None
     save_path: str = "runs/train"
     teacher_path: str | None = None
+    teacher_names: str | None = None
     start: Literal["teacher", "scratch"] | None = None
     model: str | None = None
     depth: int | None = None
     blocks: tuple[int, ...] | None = None
     widths: tuple[int, ...] | None = None
-    stem: str = "cifar"
+    stem: str | None = None
     timesteps: int = 4
     bits: int = 4
     weight_bits: int | None = None
@@ -124,10 +137,10 @@ class TrainConfig:
     shortcut_bits: int = 8
     frac_bits: int = 9
     clip: int = 8
-    tau: float = 0.5
-    v_th: float = 0.5
-    reset: str = "hard"
-    surrogate: str = "triangle"
+    tau: float | None = None
+    v_th: float | None = None
+    reset: str | None = None
+    surrogate: str | None = None
     quantize: str = "post_reset"
     alpha: str = "ema"
     loss: distill.Loss = "CLK"
@@ -153,7 +166,7 @@ class TrainConfig:
     threads: int = 0
     device: str = "cpu"
     quantizer: str = "tanh"
-    norm: str = "bn"
+    norm: str | None = None
     freeze_epochs: int = 0
     precision: str = "float32"
     compile: bool = False
@@ -189,7 +202,7 @@ def _faults(config: TrainConfig) -> list[str]:
     value: Any
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
-        if value not in choices and not (name in ("start", "model") and value is None):
+        if value not in choices and not (name in ("start", "model", *NETWORK) and value is None):
             found.append(f"{name} = {value!r} is none of {', '.join(choices)}")
     for name, (low, high) in _WHOLE.items():
         value = getattr(config, name)
@@ -202,7 +215,7 @@ def _faults(config: TrainConfig) -> list[str]:
             found.append(f"{name} = {value!r} is no whole number in {low}..{high}{or_full}")
     for name, (least, most) in _REAL.items():
         value = getattr(config, name)
-        if value is None and name == "logit_temperature":
+        if value is None and name in ("logit_temperature", *NETWORK):
             continue
         number = type(value) in (int, float) and math.isfinite(value)
         if not number or not least <= value <= most or (name in _ABOVE_0 and value == 0):
@@ -248,6 +261,8 @@ def _faults(config: TrainConfig) -> list[str]:
         found.append("setting 'qamd' needs teacher_path (--teacher-path), the checkpoint of a teacher")
     if config.setting == "original" and config.teacher_path is not None:
         found.append("setting 'original' trains a teacher and takes no teacher_path")
+    if config.teacher_names is not None and config.teacher_path is None:
+        found.append("teacher_names says how the tensors of teacher_path are called; give it too")
     if config.start == "teacher" and config.teacher_path is None:
         found.append("start = 'teacher' needs teacher_path, the checkpoint to start from")
     for name in PATHS:
@@ -268,7 +283,8 @@ def recipe(data: str = "digits", setting: str = "original", **changes: Any) -> T
 
     "digits" and "digits-events" train in about a minute on two cores; everything else starts from MS-ResNet-18 and 200
     epochs (MD-SNN section V; its optimizer is not published, ours is SGD with a cosine). Event sets get as many
-    timesteps as they have frames.
+    timesteps as they have frames. The paper's four sets are shifted and mirrored; an image folder is shifted only, as
+    nobody knows what it shows.
     raises  ConfigError  for an unknown field, with the nearest name, or a value out of range
     """
     known = [entry.name for entry in fields(TrainConfig)]
@@ -283,9 +299,13 @@ def recipe(data: str = "digits", setting: str = "original", **changes: Any) -> T
             values = {field: value for field, value in values.items() if field not in ("blocks", "widths")}
     if name in datasets.EVENT_SETS:
         values = {**values, "timesteps": datasets.EVENT_SETS[name]}
+    if name in FLIPPED:
+        values = {**values, "flip": True}
     return TrainConfig(**{**values, "data": data, "setting": setting, **changes})
 
 
+FLIPPED = ("cifar10", "cifar100", "tinyimagenet", "ncaltech101")
+"""Sets that `recipe` mirrors: what they show has no left and right."""
 DIGITS: dict[str, Any] = {
     "blocks": (1, 1, 1),
     "widths": (16, 32, 64),

@@ -50,13 +50,14 @@ from mdsnn.kernels.formats import Grid
 
 from . import checkpoint as checkpoints
 from . import data as datasets
-from . import distill
+from . import distill, foreign
 from .board import Board
 from .layers import LIF, QuantBatchNorm2d, taps
+from .machine import processor
 from .models import build
 from .parallel import Team, team
 from .quantizers import FULL_PRECISION
-from .recipe import FAMILY, PATHS, TrainConfig, digits_recipe, recipe
+from .recipe import FAMILY, NETWORK, PATHS, TrainConfig, digits_recipe, recipe
 
 __all__ = [
     "Progress",
@@ -65,14 +66,13 @@ __all__ = [
     "accuracy",
     "digits_recipe",
     "learning_rate",
+    "load_teacher",
     "predict",
     "recipe",
     "spike_rates",
     "train",
 ]
 
-FOREIGN = (".pth", ".pt")
-"""Suffixes of PyTorch's own checkpoints; a teacher in one is a model of ours in other hands, by the recipe's shape."""
 LAST, FINAL, RECIPE, METRICS = "last.ckpt", "model.ckpt", "recipe.json", "metrics"
 _LOSSES = ("loss", "cross_entropy", "logit", "membrane")
 _SUMS = (*_LOSSES, "train_accuracy")
@@ -254,7 +254,7 @@ class _Run:
                 " frames long. Lower timesteps (--time-window)"
             )
         self.generator = torch.Generator().manual_seed(config.seed)
-        teacher, teacher_digest = _teacher(config, self.data)
+        teacher, teacher_digest = load_teacher(config, self.data)
         self.config = _resolve(config, teacher)
         self.model = _network(self.config, self.data, self.generator, None if teacher is None else _config(teacher))
         built = _config(self.model)
@@ -594,15 +594,9 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What the run's times are of: processor, cores, system. No names of host or user."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
-            name = next((line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")), name)
-    except OSError:
-        pass
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": name,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "gpu": gpu,
@@ -620,26 +614,42 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], model.config)
 
 
-def _teacher(config: TrainConfig, data: datasets.Dataset) -> tuple[nn.Module | None, str | None]:
-    """The teacher's live network in evaluation mode, and sha256 of its file."""
+def load_teacher(config: TrainConfig, data: datasets.Dataset) -> tuple[nn.Module | None, str | None]:
+    """The teacher of a recipe, live and in evaluation mode, and sha256 of what it was read from; None without one.
+
+    A PyTorch file (`mdsnn.foreign`) does not say of what network it is: it is a full-precision one of the recipe's
+    shape, for `data`, its tensors found by name.
+    raises  InputError, CheckpointError  for a file that holds no such teacher
+    """
     if config.teacher_path is None:
         return None, None
     path = Path(config.teacher_path)
-    if path.suffix.lower() in FOREIGN:
-        tensors = checkpoints.load_foreign(path)
-        full = _resolve(dataclasses.replace(config, setting="original", teacher_path=None, start=None), None)
+    sources = [path]
+    if path.suffix.lower() in foreign.SUFFIXES:
+        names = None if config.teacher_names is None else foreign.read_names(config.teacher_names)
+        sources += [] if config.teacher_names is None else [Path(config.teacher_names)]
+        alone: dict[str, Any] = {
+            "setting": "original",
+            "teacher_path": None,
+            "teacher_names": None,
+            "start": None,
+            "quantizer": "tanh",
+        }
+        full = _resolve(dataclasses.replace(config, **alone), None)
         teacher = _network(full, data, torch.Generator().manual_seed(0)).eval()
-        checkpoints.apply(teacher, tensors, str(path))
+        foreign.fit(teacher, foreign.load(path), str(path), names)
+    elif config.teacher_names is not None:
+        raise ConfigError(f"{path}: names its tensors as we do; teacher_names (--teacher-names) is for PyTorch files")
     else:
         teacher = checkpoints.build_model(checkpoints.load(path))
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
-    digest = hashlib.sha256(read_bounded(path, MAX_FILE, what="teacher")).hexdigest()
-    return teacher, digest
+    digest = hashlib.sha256(b"".join(read_bounded(source, MAX_FILE, what="teacher") for source in sources))
+    return teacher, digest.hexdigest()
 
 
 def _resolve(config: TrainConfig, teacher: nn.Module | None) -> TrainConfig:
-    """Fill in the shape of the network, and where a student starts from."""
+    """Fill in the shape of the network and its neurons, and where a student starts from."""
     taught = {} if teacher is None else _config(teacher)
     name = config.model or taught.get("model", FAMILY)
     blocks, widths = config.blocks, config.widths
@@ -650,7 +660,11 @@ def _resolve(config: TrainConfig, teacher: nn.Module | None) -> TrainConfig:
     if blocks and widths and len(blocks) != len(widths):
         raise ConfigError(f"recipe: {len(blocks)} groups of blocks and {len(widths)} of widths; give both")
     start = config.start or ("scratch" if teacher is None else "teacher")
-    return dataclasses.replace(config, model=name, depth=None, blocks=blocks, widths=widths, start=start)
+    same = {
+        field: taught.get(field, usual) if getattr(config, field) is None else getattr(config, field)
+        for field, usual in NETWORK.items()
+    }
+    return dataclasses.replace(config, model=name, depth=None, blocks=blocks, widths=widths, start=start, **same)
 
 
 def _network(

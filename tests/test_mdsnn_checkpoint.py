@@ -1,8 +1,6 @@
 """Checkpoints: exact round trips, one clear error for any other file, and no code run from a foreign one."""
 
 import os
-import pickle
-import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 from mdsnn import checkpoint
 from mdsnn.kernels.container import pack, unpack
 from mdsnn.kernels.errors import CheckpointError, InputError, MdsnnError, StorageError
-from mdsnn.models import build, ms_resnet, vgg
+from mdsnn.models import ms_resnet, vgg
 
 
 def tiny(seed: int = 0, **options) -> torch.nn.Module:
@@ -244,72 +242,3 @@ def valid_document():
 def test_the_document_that_the_bits_were_flipped_in_is_valid(tmp_path):
     (tmp_path / "x").write_bytes(pack({"model/w": np.ones(2, np.float32)}, valid_document(), checkpoint.KEY))
     assert checkpoint.load(tmp_path / "x").group("model")["w"].tolist() == [1.0, 1.0]
-
-
-# ------------------------------------------------------------------------------------------- PyTorch's own files
-
-
-def test_a_foreign_state_dictionary_is_read_by_name_in_a_process_without_a_shell(tmp_path, monkeypatch):
-    seen = []
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (seen.append((a, k)), real(*a, **k))[1])
-    model = tiny(4)
-    wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / "a b;c.pth")
-    tensors = checkpoint.load_foreign(tmp_path / "a b;c.pth")
-    other = build(model.config)
-    checkpoint.apply(other, tensors, "a b;c.pth")
-    assert same(other, model)
-    (((command,), options),) = seen
-    assert isinstance(command, list)
-    assert not options.get("shell")
-
-
-def test_half_precision_widens_and_what_is_no_tensor_is_named(tmp_path):
-    torch.save({"a": torch.tensor([1.5], dtype=torch.bfloat16), "b": torch.tensor([True])}, tmp_path / "x.pth")
-    tensors = checkpoint.load_foreign(tmp_path / "x.pth")
-    assert {name: (x.dtype.name, x.tolist()) for name, x in tensors.items()} == {
-        "a": ("float32", [1.5]),
-        "b": ("uint8", [1]),
-    }
-    torch.save({"a": torch.zeros(1), "epoch": 3}, tmp_path / "y.pth")
-    with pytest.raises(CheckpointError, match=r"y.pth: not a PyTorch checkpoint .*'epoch' is no plain tensor"):
-        checkpoint.load_foreign(tmp_path / "y.pth")
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
-
-
-def test_a_foreign_file_runs_no_code(tmp_path):
-    with open(tmp_path / "x.pth", "wb") as stream:
-        pickle.dump({"a": Hostile(tmp_path / "owned")}, stream)
-    torch.save({"a": Hostile(tmp_path / "owned")}, tmp_path / "y.pth")
-    for name in ("x.pth", "y.pth"):
-        with pytest.raises(CheckpointError, match="not a PyTorch checkpoint of plain tensors"):
-            checkpoint.load_foreign(tmp_path / name)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_a_foreign_file_is_bounded_in_time_and_may_be_missing(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no such file"):
-        checkpoint.load_foreign(tmp_path / "x.pth")
-    (tmp_path / "x.pth").write_bytes(b"")
-    with pytest.raises(InputError, match="regular file of 1"):
-        checkpoint.load_foreign(tmp_path / "x.pth")
-    (tmp_path / "x.pth").write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointError, match="not a PyTorch checkpoint"):
-        checkpoint.load_foreign(tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"not read within 0.001 s"):
-        checkpoint.load_foreign(tmp_path / "x.pth", timeout_s=0.001)
-
-
-def test_memory_of_the_foreign_reader_is_bounded(tmp_path):
-    # a small file that asks for a large tensor: a storage of 4 bytes, expanded to 256 MiB on the way out
-    torch.save({"a": torch.zeros(1).expand(1 << 26)}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"not a PyTorch checkpoint of plain tensors: .*([Mm]emory|alloc)"):
-        checkpoint.load_foreign(tmp_path / "x.pth", megabytes=64)

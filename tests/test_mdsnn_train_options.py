@@ -167,6 +167,34 @@ def test_a_student_takes_its_teachers_network(tmp_path, data, model) -> None:
     assert (document["blocks"], document["widths"], document["model"]) == ([1, 1], [4, 6], model)
 
 
+OTHER = {"stem": "imagenet", "norm": "tdbn", "tau": 0.25, "v_th": 1.0, "reset": "soft", "surrogate": "rectangle"}
+
+
+def test_a_student_has_its_teachers_stem_norm_and_neurons_unless_told_otherwise(tmp_path, data) -> None:
+    teacher = train.train(recipe(save_path=tmp_path / "t", **{**SMALL, "epochs": 1, **OTHER}), data=data).checkpoint
+    shape = {**SMALL, "blocks": None, "widths": None, "epochs": 1}
+    run = {"save_path": tmp_path / "s", "teacher_path": teacher}
+    result = train.train(recipe("digits", "qamd", **run, **{**shape, "tau": 0.75}), data=data)
+    found = checkpoint.load(result.checkpoint)
+    assert {name: found.config[name] for name in OTHER} == {**OTHER, "tau": 0.75}
+    assert {name: found.document["recipe"][name] for name in OTHER} == {**OTHER, "tau": 0.75}
+    assert result.frozen_accuracy is not None
+
+
+def test_without_a_teacher_they_are_the_usual_ones(tmp_path, data) -> None:
+    found = checkpoint.load(train.train(student(tmp_path, epochs=1), data=data, max_minutes=1e-9).checkpoint)
+    usual = {"stem": "cifar", "norm": "bn", "tau": 0.5, "v_th": 0.5, "reset": "hard", "surrogate": "triangle"}
+    assert {name: found.config[name] for name in usual} == usual
+
+
+@pytest.mark.parametrize(
+    ("name", "flip"), [("CIFAR10", True), ("ncaltech101", True), ("imagefolder", False), ("digits", False)]
+)
+def test_the_papers_sets_are_mirrored_and_unknown_images_are_not(name: str, flip: bool) -> None:
+    assert recipe(name, data_path="x").flip == flip
+    assert not recipe(name, data_path="x", flip=False).flip
+
+
 @pytest.mark.parametrize(
     ("model", "depth", "blocks"),
     [(None, 18, [2, 2, 2, 2]), ("ms_resnet", 34, [3, 4, 6, 3]), ("vgg", 9, None), ("vgg", 16, None)],
@@ -212,6 +240,8 @@ def test_every_option_reaches_the_recipe(tmp_path: Path) -> None:
         "--weight_bits": ("3", "weight_bits", 3),
         "--bn_bits": ("6", "bn_bits", 6),
         "--start": ("scratch", "start", "scratch"),
+        "--stem": ("cifar", "stem", "cifar"),
+        "--norm": ("tdbn", "norm", "tdbn"),
     }
     options = [part for option, (text, _, _) in words.items() for part in (option, text)]
     guided = ("--paper_setting", "qamd", "--teacher_path", files().teacher, "--time_window", 2, "--threads", 1)

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from mdsnn.machine import processor
+
 from .options import JsonCommand, check_environment, check_outputs, force_option, json_option, write_json
 from .terminal import human_bytes, table, tell
 
@@ -147,7 +149,7 @@ def machine() -> dict[str, str]:
         "mdsnn": metadata.version("mdsnn"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -162,12 +164,3 @@ def machine() -> dict[str, str]:
             used = str(fault)
         found["C levels"] = f"{', '.join(native.isa_levels())} ({used})"
     return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
-            names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or "unknown"

@@ -12,12 +12,12 @@ from mdsnn.kernels.errors import CheckpointError, ConfigError
 
 from .options import JsonCommand, check_outputs, extra, force_option, json_option, write_json
 from .terminal import progress, say, table, tell
-from .train import _numbers
+from .train import whole_numbers
 
 if TYPE_CHECKING:
     from mdsnn.data import Dataset
 
-SHAPE = ("model", "depth", "blocks", "widths", "timesteps")
+SHAPE = ("model", "depth", "blocks", "widths", "timesteps", "stem", "norm", "teacher_names")
 """Options that only a foreign checkpoint needs: it does not say of what network it is."""
 BITS = click.IntRange(2, 8)
 
@@ -38,9 +38,12 @@ BITS = click.IntRange(2, 8)
 @click.option("--shortcut-bits", default=8, show_default=True, type=BITS, help="Of what a 1x1 shortcut reads.")
 @click.option("--model", help="For a .pth file: ms_resnet or vgg.")
 @click.option("--model-depth", "depth", type=int, help="For a .pth file: 18 or 34.")
-@click.option("--blocks", callback=_numbers, help="For a .pth file: blocks a group, such as 1,1,1.")
-@click.option("--widths", callback=_numbers, help="For a .pth file: channels a group, such as 16,32,64.")
+@click.option("--blocks", callback=whole_numbers, help="For a .pth file: blocks a group, such as 1,1,1.")
+@click.option("--widths", callback=whole_numbers, help="For a .pth file: channels a group, such as 16,32,64.")
 @click.option("--time-window", "timesteps", type=int, help="For a .pth file: timesteps T.")
+@click.option("--stem", help="For a .pth file: cifar or imagenet.")
+@click.option("--norm", help="For a .pth file: bn or tdbn.")
+@click.option("--teacher-names", help="For a .pth file: a JSON table of its tensors' names (docs/training.md).")
 @json_option
 @force_option
 @click.pass_context
@@ -151,9 +154,9 @@ def quantize(
 def full_precision(path: str, data: str, dataset: Dataset, shape: dict[str, Any]) -> Any:
     """The network of a checkpoint, ours or PyTorch's, made for `dataset`, which is called `data`."""
     checkpoints, training = extra("train", "mdsnn.checkpoint"), extra("train", "mdsnn.train")
-    if Path(path).suffix.lower() in training.FOREIGN:
+    if Path(path).suffix.lower() in extra("train", "mdsnn.foreign").SUFFIXES:
         recipe = training.recipe(data, "student", teacher_path=path, **shape)
-        teacher, _ = training._teacher(recipe, dataset)
+        teacher, _ = training.load_teacher(recipe, dataset)
         return teacher
     if shape:
         raise ConfigError(

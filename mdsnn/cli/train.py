@@ -13,7 +13,8 @@ from .options import JsonCommand, check_outputs, extra, force_option, json_optio
 from .terminal import progress, say, table, tell
 
 
-def _numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+def whole_numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Callback of an option: numbers parted by commas."""
     if text is None:
         return None
     parts = text.split(",")
@@ -48,14 +49,17 @@ def _three(_ctx: click.Context, _option: click.Parameter, text: str | None) -> t
 @click.option(
     "--data-path", help="Where its files lie (imagefolder: train/CLASS/*, test/CLASS/*; others: docs/data.md)."
 )
-@click.option("--teacher-path", help="The teacher's checkpoint, for qamd.")
+@click.option("--teacher-path", help="The teacher's checkpoint, for qamd; ours, or a PyTorch .pth.")
+@click.option(
+    "--teacher-names", help="A JSON table of its tensors' names, for a .pth that is not understood (docs/training.md)."
+)
 @click.option("--save-path", callback=not_empty, help="The run's folder. Default: runs/DATA-SETTING.")
 @click.option("--model", help="ms_resnet or vgg. Default: the teacher's, else ms_resnet.")
 @click.option(
     "--model-depth", "depth", type=int, help="18 or 34 (MS-ResNet), 9 or 16 (VGG); or give --blocks and --widths."
 )
-@click.option("--blocks", callback=_numbers, help="Blocks a group, such as 1,1,1.")
-@click.option("--widths", callback=_numbers, help="Channels a group, such as 16,32,64.")
+@click.option("--blocks", callback=whole_numbers, help="Blocks a group, such as 1,1,1.")
+@click.option("--widths", callback=whole_numbers, help="Channels a group, such as 16,32,64.")
 @click.option("--time-window", "timesteps", type=int, help="Timesteps T.")
 @click.option("--bits", type=int, help="Bits of weights and membranes, 2..8.")
 @click.option("--weight-bits", type=int, help="Bits of weights alone; 32: full precision, an ablation.")
@@ -63,6 +67,7 @@ def _three(_ctx: click.Context, _option: click.Parameter, text: str | None) -> t
 @click.option("--bn-bits", type=int, help="Bits of the BN parameters; 32: full precision, an ablation.")
 @click.option("--quantizer", help="tanh (the paper's Eq. 3) or mint (one learned scale, the paper's baseline).")
 @click.option("--norm", help="bn, or tdbn: batch normalization over T and N together, scaled by the threshold.")
+@click.option("--stem", help="Of MS-ResNet: cifar (3x3, stride 1) or imagenet (7x7, stride 2).")
 @click.option("--loss", help="CLK: cross-entropy + logits + membrane KL; CLM: MSE for KL; CL: no membranes.")
 @click.option("--loss-weights", callback=_three, help="Of cross-entropy, logits and membranes, such as 1,3,1.")
 @click.option("--temperature", type=float, help="Of the softmax of membranes, and of logits.")
@@ -85,7 +90,7 @@ def _three(_ctx: click.Context, _option: click.Parameter, text: str | None) -> t
 )
 @click.option("--precision", help="float32, or bf16: convolutions of the live network by autocast.")
 @click.option("--amp", "precision", flag_value="bf16", help="The same as --precision bf16.")
-@click.option("--compile/--no-compile", default=None, help="By torch.compile; takes a minute to start.")
+@click.option("--compile/--no-compile", default=None, help="By torch.compile; takes minutes to start.")
 @click.option("--checkpoint-activations/--keep-activations", default=None, help="Less memory for more time.")
 @click.option(
     "--local-rank",
@@ -136,7 +141,7 @@ def command(
     first = extra("train", "mdsnn.parallel").leads()
     changes = {name: value for name, value in chosen.items() if value is not None}
     changes.setdefault("save_path", f"runs/{data}-{paper_setting}")
-    changes.update(_settings(settings))
+    changes.update(recipe_fields(settings))
     if "device" not in changes and not data.lower().startswith("digits"):
         changes["device"] = "cuda" if extra("train", "torch").cuda.is_available() else "cpu"
     options: dict[str, Any] = {"max_minutes": max_minutes, "tensorboard": tensorboard, "resume": resume, "force": force}
@@ -149,8 +154,8 @@ _OPTION_OF = {"setting": "--paper-setting", "data": "--data", "save_path": "--sa
 """Fields of the recipe that --set leaves alone."""
 
 
-def _settings(texts: tuple[str, ...]) -> dict[str, Any]:
-    """KEY=VALUE pairs; VALUE is JSON, or else a text."""
+def recipe_fields(texts: tuple[str, ...]) -> dict[str, Any]:
+    """What --set says: KEY=VALUE pairs; VALUE is JSON, or else a text."""
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
