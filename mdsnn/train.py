@@ -628,14 +628,8 @@ def load_teacher(config: TrainConfig, data: datasets.Dataset) -> tuple[nn.Module
     if path.suffix.lower() in foreign.SUFFIXES:
         names = None if config.teacher_names is None else foreign.read_names(config.teacher_names)
         sources += [] if config.teacher_names is None else [Path(config.teacher_names)]
-        alone: dict[str, Any] = {
-            "setting": "original",
-            "teacher_path": None,
-            "teacher_names": None,
-            "start": None,
-            "quantizer": "tanh",
-        }
-        full = _resolve(dataclasses.replace(config, **alone), None)
+        alone: dict[str, Any] = dict.fromkeys(("teacher_path", "teacher_names", "start"))
+        full = _resolve(dataclasses.replace(config, setting="original", quantizer="tanh", **alone), None)
         teacher = _network(full, data, torch.Generator().manual_seed(0)).eval()
         foreign.fit(teacher, foreign.load(path), str(path), names)
     elif config.teacher_names is not None:
