@@ -22,6 +22,7 @@ from mdsnn.freeze import freeze
 from mdsnn.kernels.container import pack
 from mdsnn.kernels.errors import CheckpointError, ConfigError, MissingError, StorageError, TrainingError
 from mdsnn.layers import LIF, taps
+from mdsnn.models import build
 from mdsnn.recipe import TrainConfig, recipe
 
 SMALL = {"blocks": (1, 1), "widths": (4, 6), "epochs": 2, "batch_size": 24, "warmup_epochs": 0.5, "timesteps": 2}
@@ -208,6 +209,41 @@ def test_a_student_is_guided_and_its_accuracy_is_the_frozen_networks(tmp_path, d
     assert result.frozen_accuracy == float(np.mean(np.argmax(logits, axis=1) == data.test_y))
     assert row["frozen_accuracy"] == result.frozen_accuracy
     assert set(result.spike_rates) == {name for name, m in frozen.named_modules() if isinstance(m, LIF)}
+
+
+@pytest.fixture(scope="module")
+def versatile(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("versatile")
+    longer = {"timesteps": 4, "epochs": 8, "widths": (8, 8), "lr": 2e-2}
+    return train.train(recipe(save_path=folder, **{**SMALL, **longer}), data=data).checkpoint
+
+
+def membranes(model: nn.Module, pixels: np.ndarray) -> list[torch.Tensor]:
+    lifs = taps(model, "group")
+    for lif in lifs:
+        lif.tap = True
+    with torch.no_grad():
+        model.eval()(torch.from_numpy(pixels))
+    return [lif.last_h for lif in lifs]
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 4])
+def test_one_teacher_of_four_steps_guides_students_of_one_to_four(tmp_path, data, versatile, t) -> None:
+    """By shape: its first t membranes are those it would have if it ran t steps. By result: students come nearer."""
+    whole = checkpoint.load_model(versatile)
+    cut = build({**whole.config, "timesteps": t})
+    cut.load_state_dict(whole.state_dict())
+    for long, short in zip(membranes(whole, data.test_x), membranes(cut, data.test_x), strict=True):
+        assert (long.shape[0], short.shape[0]) == (4, t)
+        assert torch.equal(long[:t], short)
+    guided = {"timesteps": t, "start": "scratch", "epochs": 12, "batch_size": 16, "lr": 5e-3}
+    result = train.train(student(versatile, tmp_path / "guided", **guided), data=data)
+    alone = train.train(student(versatile, tmp_path / "alone", **guided, loss_weights=(1.0, 0.0, 0.0)), data=data)
+    assert result.history[-1]["membrane"] < 0.9 * result.history[0]["membrane"]
+    assert result.history[-1]["membrane"] < 0.9 * alone.history[-1]["membrane"]
+    trained = checkpoint.load_model(result.checkpoint)
+    assert all(h.shape[0] == t for h in membranes(trained, data.test_x))
+    assert result.frozen_accuracy is not None
 
 
 def test_the_accuracy_is_measured_on_what_freeze_returns(tmp_path, data, teacher, monkeypatch):
