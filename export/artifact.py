@@ -151,6 +151,8 @@ class _Reader:
     def __init__(self, content: bytes, where: str) -> None:
         self.where = where
         self.document, self.tensors = unpack(content, KEY, where)
+        packed = sum(tensor.nbytes for tensor in self.tensors.values() if tensor.dtype == np.uint8)
+        self.copied = 2 * packed > len(content)  # views of a file whose weights are unpacked would keep all of it
 
     def fail(self, what: str) -> ArtifactError:
         return ArtifactError(f"{self.where}: {what}")
@@ -252,13 +254,20 @@ class _Reader:
                 return codes.reshape(shape)
             if list(stored.shape) != shape:
                 raise self.fail(f"{where}: tensor {name!r} has shape {stored.shape}, weight_shape says {tuple(shape)}")
-            return stored
+            return self.kept(stored)
         if stored.size == 0 or stored.dtype.kind not in "iu":
             raise self.fail(f"{where}: tensor {name!r} is {stored.dtype} {stored.shape}, not a table of integers")
         unsigned = NODE_TYPES[entry["type"]].ARRAYS[attribute] is np.uint8
         due = np.dtype(np.uint8) if unsigned else narrowest(int(stored.min()), int(stored.max()))
         if stored.dtype != due:
             raise self.fail(f"{where}: tensor {name!r} is stored as {stored.dtype}; its values need {due}")
+        return self.kept(stored)
+
+    def kept(self, stored: Array) -> Array:
+        """`stored`, which is a view of the file, or a copy if the file is not to be kept for it."""
+        if self.copied:
+            stored = stored.copy()
+            stored.setflags(write=False)
         return stored
 
 

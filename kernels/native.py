@@ -17,7 +17,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -370,14 +370,14 @@ def _cells(reach: _Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None
 
     None where there are no such, or the thresholds lie more than 16 bits apart.
     """
-    thresholds = np.unique(reach.thresholds)
+    thresholds = _different(reach.thresholds)
     if not 0 < len(thresholds) <= _CELLS or thresholds[-1] - thresholds[0] >= 2**15:
         return None
     base, span = int(thresholds[0]), int(thresholds[-1] - thresholds[0])
     for last in range(len(thresholds) - 1, _CELLS):
         factor = min(2**15 - 1, ((last + 1) * 2**16 - 1) // max(span, 1))
         places = (thresholds - base) * factor >> 16
-        if len(np.unique(places)) < len(thresholds):
+        if len(_different(places)) < len(thresholds):
             continue
         at = np.full(_CELLS + 1, 32767)
         at[places] = thresholds
@@ -385,6 +385,11 @@ def _cells(reach: _Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None
         counts = np.append(np.searchsorted(reach.thresholds, thresholds), len(reach.thresholds))[below]
         return base, span, factor, at, lif.decode[reach.code_first + counts + delta(lif.bits)]
     return None
+
+
+def _different(ascending: Array) -> Array:
+    """Each value once (np.unique would import numpy.ma, which takes as long as a plan)."""
+    return ascending[np.append(np.diff(ascending) != 0, np.ones(min(len(ascending), 1), bool))]
 
 
 def _patterns(lif: Lif, x: Array, steps: int) -> Array:
@@ -588,21 +593,49 @@ class _Plan:
         return offset
 
     def _pointer(self, ctype: str, array: npt.ArrayLike, dtype: Any) -> Any:
-        packed = _aligned(np.asarray(array, dtype=dtype))
+        return self._hold(ctype, _aligned(np.asarray(array, dtype=dtype)))
+
+    def _hold(self, ctype: str, packed: Array) -> Any:
+        """A pointer to an array on a cache line, which is kept."""
         pointer = self.ffi.cast(f"const {ctype} *", self.ffi.from_buffer(packed)) if packed.size else self.ffi.NULL
         self.keep.append(packed)
         return pointer
 
     def _tiles(self, convs: list[Conv]) -> dict[str, Any]:
         """Weights for the tiles, those of one convolution behind those of the one before; where each begins."""
-        packed = {conv.name: _pack_tiles(conv).reshape(-1) for conv in convs}
-        pointer = self._pointer("int8_t", np.concatenate([*packed.values(), np.zeros(0, np.int8)]), np.int8)
+        for conv in convs:
+            c_out, c_in, kh, kw = conv.weight.shape
+            pairs = -(-c_out // _PAIR) * _up(c_in) * kh * kw * _PAIR
+            self.weight_bytes[conv.name] = pairs // 2 if _four_bits(conv) else pairs
+        packed = _arena(sum(self.weight_bytes.values())).view(np.int8)
+        at = 0
         begins = {}
-        for name, weights in packed.items():
-            begins[name] = pointer
-            pointer = pointer + len(weights)
-            self.weight_bytes[name] = weights.nbytes
-        return begins
+        for conv in convs:
+            begins[conv.name] = at
+            for first in range(0, len(conv.weight), _PAIR):
+                part = _pack_tiles(conv.weight[first : first + _PAIR], _four_bits(conv))
+                packed[at : at + part.size].reshape(part.shape)[...] = part
+                at += part.size
+        pointer = self._hold("int8_t", packed)
+        return {name: pointer + at for name, at in begins.items()}
+
+    def _events_weights(self, conv: Conv) -> tuple[Any, int]:
+        """Weights for lists of spikes, and how many entries 8 bits can add: a multiple of 4."""
+        vector, flush = _VECTOR_BYTES[ISA_LEVELS[self.level]], _ROWS * _BLOCK
+
+        def pack(weight: Array) -> Array:
+            nonlocal flush
+            slabs = _event_slabs(weight, conv.stride, vector)
+            for slab in slabs:
+                if slab.shape[1] > 1:  # no padding
+                    flush = _flush(slab, conv.bits, flush) if flush >= _FLUSH else 0
+            return _pack_events(slabs, _four_bits(conv))
+
+        packed = _packed(conv.weight, _BLOCK, pack)
+        flush = flush // _FILL * _FILL
+        if flush < _FLUSH:
+            packed[..., ::2] ^= -128  # even bytes are unsigned: the weight + 128
+        return self._hold("int8_t", packed), flush
 
     def _op(self, node: Node) -> dict[str, Any]:
         """The fields of mdsnn_op for a node."""
@@ -757,14 +790,11 @@ class _Plan:
             case "tiles":
                 method, packed, nibbles = self.lib.MDSNN_TILES, self.tiles[conv.name], _four_bits(conv)
             case "pairs":
-                method, packed = self.lib.MDSNN_PAIRS, self._pointer("int16_t", _pack_pairs(conv), np.int16)
+                method, packed = self.lib.MDSNN_PAIRS, self._hold("int16_t", _packed(conv.weight, _BLOCK, _pack_pairs))
             case _:
-                flush, widen = _flush(conv.weight), _widen(self.network, conv) or 0
+                packed, flush = self._events_weights(conv)
+                widen, nibbles = _widen(self.network, conv) or 0, _four_bits(conv)
                 method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
-                vector, biased = _VECTOR_BYTES[ISA_LEVELS[self.level]], method != self.lib.MDSNN_EVENTS_8
-                codes = _pack_events(conv, vector, biased)
-                nibbles = not biased and int(np.abs(codes).max()) < 8
-                packed = self._pointer("int8_t", _pack_nibbles(codes) if nibbles else codes, np.int8)
         if group.method != "tiles":
             self.weight_bytes[conv.name] = self.keep[-1].nbytes
         work_input, slab, spots, starts, sums, y = (item.offset for item in self.work[conv.name])
@@ -933,32 +963,32 @@ def _depth(conv: Conv) -> int:
     return inputs + inputs % 2
 
 
-def _pack_pairs(conv: Conv) -> Array:
-    """[outs/64][pair][out 64][2], the inputs of a window in the order (ky, kx, in)."""
-    c_out = len(conv.weight)
-    rows = conv.weight.transpose(0, 2, 3, 1).reshape(c_out, -1)
-    padded = np.pad(rows, ((0, -c_out % _BLOCK), (0, rows.shape[1] % 2)))
-    return padded.reshape(-1, _BLOCK, _depth(conv) // 2, 2).transpose(0, 2, 1, 3)
+def _pack_pairs(weight: Array) -> Array:
+    """(C_out, C_in, kh, kw) to [outs/64][pair][out 64][2], the inputs of a window in the order (ky, kx, in)."""
+    rows = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)
+    padded = np.zeros((-(-len(rows) // _BLOCK) * _BLOCK, rows.shape[1] + rows.shape[1] % 2), np.int16)
+    padded[: len(rows), : rows.shape[1]] = rows
+    return padded.reshape(-1, _BLOCK, padded.shape[1] // 2, 2).transpose(0, 2, 1, 3)
 
 
 def _four_bits(conv: Conv) -> bool:
     """Whether the weights fit four bits."""
-    return int(conv.weight.min()) >= -8 and int(conv.weight.max()) <= 7
+    return conv.bits <= 4
 
 
-def _pack_tiles(conv: Conv) -> Array:
+def _pack_tiles(weight: Array, nibbles: bool) -> Array:
     """(C_out, C_in, kh, kw) to [outs/32][ins/64][ky][kx][half][ins/4 16][out 16][in 4], zeros as padding.
 
     Of 32 outputs the first half holds those of even number when counted in fours (see src/tiles.h). Weights of four
     bits lie two a byte, the second half's in the upper four bits: no axis of halves then.
     """
-    c_out, c_in, kh, kw = conv.weight.shape
-    padded = np.pad(conv.weight, ((0, -c_out % _PAIR), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
+    c_out, c_in, kh, kw = weight.shape
+    padded = np.zeros((-(-c_out // _PAIR) * _PAIR, _up(c_in), kh, kw), np.int8)
+    padded[:c_out, :c_in] = weight
     split = padded.reshape(-1, 4, 2, 4, -(-c_in // _BLOCK), 16, 4, kh, kw)  # out/32, fours/2, half, out of four, ...
-    weights = split.transpose(0, 4, 7, 8, 2, 5, 1, 3, 6)
-    if not _four_bits(conv):
-        return weights
-    packed: Array = weights[:, :, :, :, 0] & 15 | weights[:, :, :, :, 1] << 4
+    packed: Array = split.transpose(0, 4, 7, 8, 2, 5, 1, 3, 6)
+    if nibbles:
+        packed = packed[:, :, :, :, 0] & 15 | packed[:, :, :, :, 1] << 4
     return packed
 
 
@@ -970,52 +1000,73 @@ def _slab_columns(weight: Array) -> Array:
     return parts.reshape(*parts.shape[:4], -1)
 
 
-def _flush(weight: Array) -> int:
-    """Entries of a list that 8 bits can add, whichever they are: a multiple of 4; at most those of a slab."""
-    columns = _slab_columns(weight)
-    fewest = columns.shape[-1]
-    for sign, limit in ((1, 127), (-1, 128)):
-        parts = np.maximum(sign * columns, 0)
-        above = parts[parts.sum(axis=-1, dtype=np.int32) > limit]
-        if len(above):
-            sums = -np.sort(-above, axis=-1)[:, : fewest + 1].cumsum(axis=-1, dtype=np.int32)
-            fewest = min(fewest, int((sums <= limit).sum(axis=-1).min()))
-    return int(fewest // _FILL * _FILL)
+def _flush(slabs: Array, bits: int, most: int) -> int:
+    """Entries of a list that 8 bits can add, whichever they are, if those are fewer than `most`.
 
-
-def _pack_events(conv: Conv, vector: int, biased: bool) -> Array:
-    """[outs/64][ins/64][kh/3][taps][row of 3][in 64][tap][out 64], as events.h wants it; 0 where there is no channel.
-
-    vector  bytes of one: the first half of its channels lies in even bytes, the second in odd ones
-    biased  the even bytes are unsigned: the weight + 128
+    slabs  (slabs, entries, sums): what each entry adds to each sum
+    The k largest of some codes sum to the sum, over levels, of how many reach the level, at most k. Of wide codes some
+    levels stand for those above them: a little too large a sum, so too few entries, never too many.
     """
-    c_out, c_in, kh, kw = conv.weight.shape
-    outs, ins = -(-c_out // _BLOCK), -(-c_in // _BLOCK)
+    top = delta(bits)
+    step = -(-top // 16)
+    for sign, limit in ((1, 127), (-1, 128)):
+        signed = slabs if sign > 0 else -slabs
+        levels = [(signed >= level).view(np.uint8).sum(axis=1, dtype=np.uint8) for level in range(1, top + 1, step)]
+        reach = np.stack(levels).astype(np.int32)
+        fewest = 0
+        while most > fewest:  # fewest fit; more than most do not
+            middle = most if fewest == 0 else (most + fewest + 1) // 2
+            fits = int(np.minimum(reach, middle).sum(axis=0).max()) * step <= limit
+            fewest, most = (middle, most) if fits else (fewest, middle - 1)
+    return most
+
+
+def _event_slabs(weight: Array, stride: int, vector: int) -> list[Array]:
+    """At most 64 outputs as events.h wants them: for each kh/3 and taps read together, (ins/64, entries, tap * out 64).
+
+    Entries are [row of 3][in 64] and one of zeros, which fills lists. After each kh/3 zeros to a line of 128, if any.
+    vector  bytes of one: the first half of its channels lies in even bytes, the second in odd ones
+    """
+    c_out, c_in, kh, kw = weight.shape
     order = np.arange(_BLOCK).reshape(-1, 2, vector // 2).transpose(0, 2, 1).reshape(-1)
-    padded = np.pad(conv.weight.astype(np.int8), ((0, -c_out % _BLOCK), (0, -c_in % _BLOCK), (0, 0), (0, 0)))
-    rows = padded.reshape(outs, _BLOCK, ins, _BLOCK, kh, kw)[:, order].transpose(0, 2, 4, 3, 5, 1)
-    pieces = []
+    padded = np.zeros((_BLOCK, _up(c_in), kh, kw), np.int8)
+    padded[:c_out, :c_in] = weight
+    rows = padded[order].reshape(_BLOCK, -1, _BLOCK, kh, kw).transpose(1, 3, 2, 4, 0)
+    ins = len(rows)
+    slabs = []
     for first_row in range(0, kh, _ROWS):
-        slab = rows[:, :, first_row : first_row + _ROWS].reshape(outs, ins, -1, kw, _BLOCK)
-        slab = np.pad(slab, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))  # the row of zeros that fills lists
-        for residue in range(min(conv.stride, kw)):
-            taps = range(residue, kw, conv.stride)
-            pieces += [
-                slab[:, :, :, taps[first : first + _TAPS]].reshape(outs, ins, -1)
-                for first in range(0, len(taps), _TAPS)
-            ]
-        size = slab[0, 0].size
-        pieces.append(np.zeros((outs, ins, -size % (2 * _BLOCK)), np.int8))
-    packed = np.concatenate(pieces, axis=-1)
-    if biased:
-        packed[..., ::2] ^= -128
-    return packed
+        entries = rows[:, first_row : first_row + _ROWS].reshape(ins, -1, kw, _BLOCK)
+        for residue in range(min(stride, kw)):
+            taps = range(residue, kw, stride)
+            for first in range(0, len(taps), _TAPS):
+                some = entries[:, :, taps[first : first + _TAPS]].reshape(ins, entries.shape[1], -1)
+                slabs.append(np.concatenate([some, np.zeros_like(some[:, :1])], axis=1))
+        size = (entries.shape[1] + 1) * kw * _BLOCK
+        slabs.append(np.zeros((ins, 1, -size % (2 * _BLOCK)), np.int8))
+    return slabs
+
+
+def _pack_events(slabs: list[Array], nibbles: bool) -> Array:
+    """[ins/64][kh/3][taps][row of 3][in 64][tap][out 64]; two codes a byte: see _pack_nibbles."""
+    codes = np.concatenate([slab.reshape(len(slab), -1) for slab in slabs], axis=1)
+    return _pack_nibbles(codes) if nibbles else codes
 
 
 def _pack_nibbles(codes: Array) -> Array:
     """Codes within -8..7 as two a byte, plus 8: of each 128, the first 64 in the lower halves."""
-    halves = (codes.reshape(-1, 2, _BLOCK) + 8).astype(np.uint8)
-    return (halves[:, 0] | halves[:, 1] << 4).view(np.int8)
+    halves = codes.reshape(-1, 2, _BLOCK) + np.int8(8)
+    return halves[:, 0] | halves[:, 1] << np.int8(4)
+
+
+def _packed(weight: Array, outs: int, pack: Callable[[Array], Array]) -> Array:
+    """`pack` of so many outputs at a time, one after the other: little is held twice."""
+    parts = (pack(weight[first : first + outs]) for first in range(0, len(weight), outs))
+    part = next(parts)
+    packed = _arena(part.nbytes * -(-len(weight) // outs)).view(part.dtype).reshape(-1, *part.shape)
+    packed[0] = part
+    for place, part in enumerate(parts, 1):
+        packed[place] = part
+    return packed
 
 
 def _bit_places() -> Array:

@@ -9,6 +9,7 @@ the mathematics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -96,7 +97,12 @@ class Node:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the nodes this one reads, in order."""
-        return tuple(getattr(self, f.name) for f in fields(self) if f.name in ("source", "other"))
+        return tuple(getattr(self, name) for name in _sources(type(self)))
+
+
+@functools.cache
+def _sources(kind: type[Node]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.name in ("source", "other"))
 
 
 @dataclass(frozen=True)

@@ -97,16 +97,15 @@ def values_apart() -> Iterator[None]:
             work.offset, end = put(self, vars(self)[f"{base}_bytes"], work.bytes, base)
             vars(self)[f"{base}_bytes"] = end
 
-    def pointer(self: Any, ctype: str, array: Any, dtype: Any) -> Any:
-        packed = np.ascontiguousarray(array, dtype=dtype)
-        return kept[2](self, ctype, fenced(packed) if packed.size else packed, dtype)
+    def hold(self: Any, ctype: str, packed: Any) -> Any:
+        return kept[2](self, ctype, fenced(packed) if packed.size else packed)
 
-    kept = plan._state, plan._place, plan._pointer
-    plan._state, plan._place, plan._pointer = state, place, pointer
+    kept = plan._state, plan._place, plan._hold
+    plan._state, plan._place, plan._hold = state, place, hold
     try:
         yield
     finally:
-        plan._state, plan._place, plan._pointer = kept
+        plan._state, plan._place, plan._hold = kept
 
 
 def strayed(engine: Any) -> bool:

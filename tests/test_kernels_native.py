@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdsnn.export import artifact
 from mdsnn.kernels import Engine, engine, native
 from mdsnn.kernels.errors import ConfigError, MissingError
 from mdsnn.kernels.formats import Grid, affine_constants, dense_table
-from mdsnn.kernels.network import BnDense, Lif
+from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputSpec, InputTable, IntegerNetwork, Lif, Readout
 from planted import assert_same_bits, seeded_case
 
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -233,3 +234,33 @@ def test_another_dense_table_stays_one() -> None:
         bent[: at + 1] -= 2
         assert not _same_table(np.concatenate([line, bent]), lo, hi, grid)
     assert not _same_table(np.concatenate([line, np.sort(line**3 // 500)]), lo, hi, grid)
+
+
+@given(st.integers(2, 8), st.integers(1, 70), st.integers(0, 2**32))
+def test_as_many_entries_fit_8_bits_as_the_largest_codes_allow(bits: int, entries: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    top = int(rng.integers(1, 2 ** (bits - 1)))
+    slabs = rng.integers(-top, top + 1, (2, entries, 5)).astype(np.int8)
+    largest = [-np.sort(-np.maximum(sign * slabs.astype(int), 0), axis=1).cumsum(axis=1) for sign in (1, -1)]
+    right = min(int((sums <= limit).sum(axis=1).min()) for sums, limit in zip(largest, (127, 128), strict=True))
+    found = native._flush(slabs, bits, entries)
+    assert found == right if bits <= 5 else right / 2 - 1 <= found <= right
+    assert native._flush(slabs, bits, found // 2) == found // 2
+
+
+def test_a_file_of_packed_weights_is_not_kept() -> None:
+    rng = np.random.default_rng(1)
+    nodes = (
+        InputTable("input", rng.integers(-9, 9, (1, 256))),
+        Conv("conv", "input", rng.integers(-7, 8, (500, 1, 16, 16)), 4),
+        BnAffine("bn", "conv", np.full(500, 3), np.zeros(500, int), np.full(500, 4)),
+        Lif("lif", "bn", 2, np.array([-9, 0, 9]), np.array([-4, 5]), 40),
+        Readout("readout", "lif", rng.integers(-7, 8, (3, 500)), 8, np.zeros(3, int)),
+    )
+    network = artifact.from_bytes(artifact.to_bytes(IntegerNetwork(nodes, InputSpec(1, 16, 16), 2)))
+    for node in network.nodes:
+        for attribute in node.ARRAYS:
+            owner = getattr(node, attribute)
+            while isinstance(owner, np.ndarray):
+                owner = owner.base
+            assert owner is None, f"{node.name}: {attribute}"
