@@ -628,7 +628,7 @@ class _Plan:
             slabs = _event_slabs(weight, conv.stride, vector)
             for slab in slabs:
                 if slab.shape[1] > 1:  # no padding
-                    flush = _flush(slab, conv.bits, flush) if flush >= _FLUSH else 0
+                    flush = _flush(slab, flush) if flush >= _FLUSH else 0
             return _pack_events(slabs, _four_bits(conv))
 
         packed = _packed(conv.weight, _BLOCK, pack)
@@ -1000,14 +1000,14 @@ def _slab_columns(weight: Array) -> Array:
     return parts.reshape(*parts.shape[:4], -1)
 
 
-def _flush(slabs: Array, bits: int, most: int) -> int:
+def _flush(slabs: Array, most: int) -> int:
     """Entries of a list that 8 bits can add, whichever they are, if those are fewer than `most`.
 
     slabs  (slabs, entries, sums): what each entry adds to each sum
     The k largest of some codes sum to the sum, over levels, of how many reach the level, at most k. Of wide codes some
     levels stand for those above them: a little too large a sum, so too few entries, never too many.
     """
-    top = delta(bits)
+    top = max(int(slabs.max()), -int(slabs.min()), 1)
     step = -(-top // 16)
     for sign, limit in ((1, 127), (-1, 128)):
         signed = slabs if sign > 0 else -slabs
