@@ -12,6 +12,7 @@
 #define STREAM_NAME(function) EXPAND3(function, STREAM_SUFFIX, ISA)
 
 #define MDSNN_MAX_COMPARED 32
+#define MDSNN_STEPS 16 /* most steps of a pass */
 
 #include "ticks.h"
 #include "view.h"

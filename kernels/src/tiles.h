@@ -126,6 +126,9 @@ typedef struct NAME(follow) {
     int plain;     /* 1: a case for epilogue.h */
     int16_t *room; /* its rows after bn */
     int32_t *rows; /* its sums, in order, 64 to a step */
+    int64_t *counts; /* spikes of each step, or null */
+    int room_for;    /* pixels that may still be added to: */
+    __m256i fired[MDSNN_STEPS]; /* spikes of each step and channel, at most 255 */
     NAME(constants) c;
 } NAME(follow);
 
@@ -141,8 +144,8 @@ enum { NAME(slots) = 2 * TILE }; /* pixels of two groups */
 
 /* A few groups of tiles. */
 typedef struct NAME(batch) {
-    const NAME(follow) *e;
-    int slots; /* its pixels, up to an even number by the last one again; 0: nothing to do */
+    NAME(follow) *e;
+    int slots; /* its pixels; 0: nothing to do */
     NAME(slot) slot[NAME(slots)];
 } NAME(batch);
 
@@ -156,11 +159,12 @@ typedef struct NAME(cursor) {
 /* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
  * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds
  * lie in buckets or, where `table` says so, in a table, nothing kept. */
-static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, const NAME(follow) *e,
+static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, NAME(follow) *e,
                                                                      NAME(cursor) *at, int many, int narrow, int adds,
                                                                      int stores, int fires, int table)
 {
     const ptrdiff_t t = at->t, add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
+    __m256i fired = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int j = 0; j < many; j++) {
         const NAME(slot) *slot = at->slot + j;
@@ -185,6 +189,7 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
             __mmask32 still = _mm512_cmple_epu16_mask(h, c->v_th);
             __m256i spikes = _mm256_mask_mov_epi8(_mm256_set1_epi8(1), still, _mm256_setzero_si256());
             _mm256_storeu_si256((__m256i *)(slot->s + s_at), spikes);
+            fired = _mm256_add_epi8(fired, spikes);
             __m512i u = _mm512_mask_subs_epu16(c->reset, still, h, c->base);
             u = _mm512_min_epu16(u, c->last);
             if (table) {
@@ -201,23 +206,41 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
             }
         }
     }
+    if (fires)
+        e->fired[t] = _mm256_add_epi8(e->fired[t], fired);
 }
 
-/* One step of the next four pixels, or two. */
-static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(constants) *c, const NAME(follow) *e,
+/* One step of the next four pixels; or of the next one. */
+static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(constants) *c, NAME(follow) *e,
                                                                     NAME(cursor) *at, int narrow, int adds, int stores,
                                                                     int fires, int table)
 {
-    int many = at->end - at->slot >= 4 ? 4 : 2;
+    int many = at->end - at->slot >= 4 ? 4 : at->end - at->slot >= 2 ? 2 : 1;
     if (many == 4)
         NAME(follow_slots)(c, e, at, 4, narrow, adds, stores, fires, table);
-    else
+    else if (many == 2)
         NAME(follow_slots)(c, e, at, 2, narrow, adds, stores, fires, table);
+    else
+        NAME(follow_slots)(c, e, at, 1, narrow, adds, stores, fires, table);
     if (++at->t == e->steps) {
         at->t = 0;
         at->slot += many;
         at->decoded[0] = at->decoded[1] = at->decoded[2] = at->decoded[3] = c->start;
     }
+}
+
+/* Adds the spikes of all pixels so far to the counts. */
+static void NAME(count_fired)(NAME(follow) *e)
+{
+    int channels = e->spikes.channels - e->first;
+    __mmask32 there = channels < PAIR ? (1u << channels) - 1 : UINT32_MAX; /* the others may fire, too */
+    for (int t = 0; e->counts && t < e->steps; t++) {
+        __m256i sums = _mm256_sad_epu8(_mm256_maskz_mov_epi8(there, e->fired[t]), _mm256_setzero_si256());
+        __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        e->counts[t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+        e->fired[t] = _mm256_setzero_si256();
+    }
+    e->room_for = UINT8_MAX;
 }
 
 /* Adds the `pixels` pixels of a group from (y, x) on. */
@@ -233,14 +256,6 @@ static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int 
         slot.add += e->other.pixel;
         slot.to += e->out.pixel;
         slot.s += e->spikes.pixel;
-    }
-}
-
-static void NAME(batch_end)(NAME(batch) *batch)
-{
-    if (batch->slots % 2) {
-        batch->slot[batch->slots] = batch->slot[batch->slots - 1];
-        batch->slots++;
     }
 }
 
@@ -287,6 +302,9 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
         e->c.reset = _mm512_min_epu16(e->c.reset, e->c.last);
         e->c.table = fire->code_decode;
     }
+    if (fire && f->plan->values[fire->out].counter >= 0)
+        e->counts = f->call->counts + (ptrdiff_t)f->plan->values[fire->out].counter * f->call->steps + f->first_step;
+    e->room_for = UINT8_MAX;
     e->plain = f->plan->stream_type != MDSNN_I16 || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
                (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
                          !(fire->buckets || fire->search == MDSNN_TABLE)));
@@ -373,7 +391,7 @@ typedef struct NAME(job) {
     int first, end;           /* taps of the window that meet the image */
     int32_t *sums[4];         /* of the groups */
     int32_t *held[4];         /* where what the tiles hold goes: sums of the groups before */
-    const NAME(batch) *before;
+    NAME(batch) *before;
     NAME(stream) *next;
     int unpacks; /* taps of `next` that are due */
 } NAME(job);
@@ -446,7 +464,7 @@ static inline void NAME(let_go)(const NAME(job) *job)
 static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int narrow, int adds,
                                                                   int stores, int fires, int table)
 {
-    const NAME(follow) *e = job->before->e;
+    NAME(follow) *e = job->before->e;
     const NAME(constants) c = {e->c.multiplier_0, e->c.multiplier_1, e->c.offset_0, e->c.offset_1, e->c.shift_0, e->c.shift_1,
                                e->c.bottom, e->c.top, e->c.v_th, e->c.base, e->c.reset, e->c.last, e->c.bucket, e->c.threshold, e->c.decode, e->c.start,
                                e->c.table};
@@ -455,6 +473,11 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     const int window = job->op->kernel_height * job->op->kernel_width;
     const int many = inside * job->g->chunks * (four ? 2 : job->g->tall);
     const int parts = (job->before->slots + 3) / 4 * e->steps;
+    if (fires) {
+        if (e->room_for < job->before->slots)
+            NAME(count_fired)(e);
+        e->room_for -= job->before->slots;
+    }
     int parts_due = 0, unpacks_due = 0, tap = job->first, end = job->end, tile = 0;
     if (!many)
         NAME(let_go)(job);
@@ -571,8 +594,11 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     for (int j = 0; j < 4; j++)
         job.held[j] = sums; /* nothing yet */
     for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
-        if (c)
+        if (c) {
+            NAME(count_fired)(&follow[n]);
             follow[n] = follow[!n];
+            memset(follow[n].fired, 0, sizeof follow[n].fired);
+        }
         NAME(follow_channels)(&follow[n], c);
         job.weights = op->nibbles ? unpacked + n * g.weights : op->weight + c / PAIR * g.weights;
         if (!four) {
@@ -618,7 +644,6 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
                     NAME(follow_plain)(&follow[n], sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
                 else
                     NAME(batch_add)(now, sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
-            NAME(batch_end)(now);
         }
         while (!four && next.left)
             NAME(unpack_tap)(&next);
@@ -626,6 +651,10 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     job.first = job.end = 0; /* no products: what is left */
     job.before = &batches[!turn];
     pair(&job);
+    if (follow[0].plain && op->fire)
+        NAME(count)(f, op->fire->out, follow[0].counts);
+    NAME(count_fired)(&follow[0]);
+    NAME(count_fired)(&follow[1]);
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
 
