@@ -55,7 +55,7 @@ STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
 METHODS = ("events, 8 bits", "events, 16 bits", "pairs", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 15  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 16  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -185,11 +185,14 @@ class _Value:
     keep: bool = False
     counter: int = -1
     offset: int = 0
+    border: int = 0  # pixels of 0 around it
+    spare: int = 0  # elements behind it that may be read
 
     def size(self, chunk: int) -> int:
         """Bytes, for at most `chunk` steps."""
         _, height, width = self.shape
-        return height * width * (1 if self.fixed else chunk) * self.pitch << self.type
+        pixels = (height + 2 * self.border) * (width + 2 * self.border)
+        return pixels * (1 if self.fixed else chunk) * self.pitch + self.spare << self.type
 
 
 @dataclass
@@ -520,6 +523,7 @@ class _Plan:
                 self._count(node.source)
             elif isinstance(node, Lif):
                 self._count(node.name)
+        self._borders()
         self.work = {
             step.conv.name: [
                 _Work(size, place, place, shared=step.method == "tiles" and number == 0)
@@ -557,6 +561,32 @@ class _Plan:
         if name not in self.counters:
             self.counters[name] = len(self.counters)
             self.values[self.index[name]].counter = self.counters[name]
+
+    def _borders(self) -> None:
+        """Spikes that nothing but tiles of stride 1 read get the padding those want, so that they need no copy.
+
+        The blocks of a step of a pixel are an odd number then: lines an even number apart share few sets of the cache.
+        """
+        paddings: dict[str, set[int]] = {}
+        for _, step in self.steps:
+            if isinstance(step, _Group):
+                tiled = step.method == "tiles" and step.conv.stride == 1
+                paddings.setdefault(step.conv.source, set()).add(step.conv.padding if tiled else 0)
+                if step.other:
+                    paddings.setdefault(step.other, set()).add(0)
+            else:
+                for name in step.inputs:
+                    paddings.setdefault(name, set()).add(0)
+        for name, found in paddings.items():
+            value, border = self.values[self.index[name]], max(found)
+            if len(found) == 1 and border and not value.fixed and self.network.proof.kinds[name] == "spikes":
+                value.border = border
+                value.pitch = (value.pitch // _BLOCK | 1) * _BLOCK
+                value.spare = self._tall(self.chunk) * value.pitch
+
+    def _tall(self, steps: int) -> int:
+        """Rows of the largest group of tiles, with as many steps, what the last pass takes, or one."""
+        return max(math.lcm(many, _TILE) for many in (steps, self.network.timesteps % self.chunk or steps, 1))
 
     def _place(self) -> None:
         """Give every value its offset: kept ones in the state, others in scratch, first fit among those alive.
@@ -747,10 +777,10 @@ class _Plan:
         if group.method == "pairs":
             return 2 * out_width * steps * _depth(conv), 0, 0, 0, 4 * row, after_bn
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
-        passes = {steps, self.network.timesteps % self.chunk or steps, 1}
-        tall = max(math.lcm(many, _TILE) for many in passes)  # rows of a group of tiles
+        tall = self._tall(steps)
+        copied = (height + 2 * conv.padding) * columns * steps * _up(c_in) + tall * _BLOCK
         return (
-            (height + 2 * conv.padding) * columns * steps * _up(c_in) + tall * _BLOCK,
+            0 if self.values[self.index[conv.source]].border else copied,
             2 * _up(c_in) * conv.weight.shape[2] * kw * _PAIR if _four_bits(conv) else 0,
             0,
             8 * _up(c_in) // _BLOCK * conv.weight.shape[2] * kw,
@@ -915,6 +945,7 @@ class _Plan:
                     "pitch": value.pitch,
                     "fixed": int(value.fixed),
                     "counter": value.counter,
+                    "border": value.border,
                 }
                 for value in self.values
             ],

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 15 };
+enum mdsnn_version { MDSNN_CONTRACT = 16 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -72,6 +72,8 @@ typedef struct mdsnn_value {
     int32_t pitch;         /* elements from one step of a pixel to the next, at least channels */
     int32_t fixed;         /* 1: the same at every step, kept once */
     int32_t counter;       /* row of mdsnn_call.counts that takes the number of its elements that are not 0, or -1 */
+    int32_t border;        /* so many pixels of 0 lie around it, and some that may be read behind it: only tiles of stride 1
+                            * with that padding read it */
 } mdsnn_value;
 
 /* One operation. Fields a kind does not name are 0; values are indices into mdsnn_plan.values, -1 where absent. */

@@ -76,9 +76,24 @@ static void NAME(run_part)(const frame *f, const mdsnn_op *op, int what)
     }
 }
 
+/* Sets the pixels around a value to 0. */
+static void NAME(clear_border)(const frame *f, int index)
+{
+    view v = view_of(f, index);
+    ptrdiff_t side = v.border * v.pixel, above = v.border * v.row;
+    if (!v.border) /* of values of 8 bits only */
+        return;
+    memset(v.at - above - side, 0, (size_t)(above + side));
+    for (int y = 1; y < v.height; y++)
+        memset(v.at + y * v.row - 2 * side, 0, (size_t)(2 * side));
+    memset(v.at + v.height * v.row - 2 * side, 0, (size_t)(above + side));
+}
+
 static void NAME(run_op)(const frame *f, const mdsnn_op *op)
 {
-    int parts = 1;
+    int parts = 1, spikes = op->kind == MDSNN_FUSED ? op->fire ? op->fire->out : -1 : op->out;
+    if (spikes >= 0)
+        NAME(clear_border)(f, spikes);
     if (op->kind == MDSNN_FUSED)
         parts = NAME(fused_parts)(f, op);
     else if (op->kind != MDSNN_FLATTEN && op->kind != MDSNN_READOUT)

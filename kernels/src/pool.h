@@ -149,16 +149,17 @@ static void NAME(count)(const frame *f, int index, int64_t *counts)
 {
     view v = view_of(f, index);
     int steps = v.step ? f->steps : 1;
-    ptrdiff_t first = (ptrdiff_t)first_of(f, v.height) * v.width, end = (ptrdiff_t)end_of(f, v.height) * v.width;
+    int first = first_of(f, v.height), end = end_of(f, v.height), rows = v.border ? 1 : end - first; /* in one piece */
     for (int t = 0; t < steps; t++) {
         int64_t there = 0;
-        if (v.type == MDSNN_I8)
-            there = NAME(count_bytes)(v.at + first * v.pixel + t * v.step, v.pixel, end - first, v.channels,
-                                       v.pitch);
-        else
-            for (ptrdiff_t p = first; p < end; p++)
-                for (int c = 0; c < v.channels; c++)
-                    there += ((const int32_t *)v.at)[p * v.pixel + t * v.step + c] != 0;
+        for (ptrdiff_t y = first; y < end; y += rows)
+            if (v.type == MDSNN_I8)
+                there += NAME(count_bytes)(v.at + y * v.row + t * v.step, v.pixel, (ptrdiff_t)rows * v.width, v.channels,
+                                            v.pitch);
+            else
+                for (ptrdiff_t p = y * v.width; p < (y + rows) * v.width; p++)
+                    for (int c = 0; c < v.channels; c++)
+                        there += ((const int32_t *)v.at)[p * v.pixel + t * v.step + c] != 0;
         __atomic_fetch_add(&counts[t], there, __ATOMIC_RELAXED);
     }
 }

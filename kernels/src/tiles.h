@@ -32,7 +32,8 @@
 
 typedef struct NAME(tiles) {
     const uint8_t *input;
-    ptrdiff_t chunk;   /* bytes of 64 channels of the copied input */
+    ptrdiff_t chunk;   /* from 64 channels of the input to the next 64 */
+    ptrdiff_t line;    /* from one step of a pixel to the next */
     ptrdiff_t row;     /* of a row of them */
     ptrdiff_t class;   /* of a residue class of a row */
     ptrdiff_t column;  /* of a pixel: its steps */
@@ -60,7 +61,7 @@ static void NAME(tiles_begin)(void)
 
 static void NAME(tiles_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
-/* Copies the input to `to` and says how it lies there. */
+/* Copies the input to `to`, unless it has its padding where it is, and says how it lies. */
 APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, const view *out, int steps, uint8_t *to)
 {
     NAME(tiles) g;
@@ -68,17 +69,27 @@ APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in,
     int columns = out->width + (op->kernel_width - 1) / stride, rows = in->height + 2 * op->padding;
     int common = steps & -steps; /* greatest common divisor of steps and a tile's rows */
     common = common < TILE ? common : TILE;
-    g.input = to;
-    g.chunks = (in->channels + BLOCK - 1) / BLOCK;
     g.steps = steps;
+    g.tall = steps / common;
+    g.pixels = TILE / common;
+    g.across = (out->width + g.pixels - 1) / g.pixels;
+    g.chunks = (in->channels + BLOCK - 1) / BLOCK;
+    g.weights = (ptrdiff_t)op->kernel_height * op->kernel_width * g.chunks * BLOCK * PAIR;
+    g.class = 0;
+    if (in->border) {
+        g.input = in->at - in->border * (in->row + in->pixel);
+        g.line = in->step;
+        g.column = in->pixel;
+        g.row = in->row;
+        g.chunk = BLOCK;
+        return g;
+    }
+    g.input = to;
+    g.line = BLOCK;
     g.column = (ptrdiff_t)steps * BLOCK;
     g.class = columns * g.column;
     g.row = classes * g.class;
     g.chunk = rows * g.row;
-    g.weights = (ptrdiff_t)op->kernel_height * op->kernel_width * g.chunks * BLOCK * PAIR;
-    g.tall = steps / common;
-    g.pixels = TILE / common;
-    g.across = (out->width + g.pixels - 1) / g.pixels;
     for (int c = 0; c < in->channels; c += BLOCK, to += g.chunk) {
         size_t here = (size_t)(in->channels - c < BLOCK ? in->channels - c : BLOCK);
         for (int y = 0; y < rows; y++) {
@@ -410,7 +421,7 @@ typedef struct NAME(job) {
 /* The products of one tap; `change`: the first of their tiles. */
 static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int four, int change)
 {
-    const ptrdiff_t line = BLOCK, at = job->taps[tap];
+    const ptrdiff_t line = job->g->line, at = job->taps[tap];
     if (four) {
         NAME(stream) *next = job->next;
         LOAD(4, next->to + next->read * (TILE * BLOCK), BLOCK);
@@ -496,7 +507,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
                 tap = job->first;
                 end = job->end;
                 for (int j = 0; j < 2; j++)
-                    job->from[j] += four ? 0 : TILE * BLOCK;
+                    job->from[j] += four ? 0 : TILE * job->g->line;
             }
             left--;
             unpacks_due += job->unpacks;

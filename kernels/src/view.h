@@ -29,7 +29,7 @@ _Static_assert((-3 >> 1) == -2, "the shift of a negative integer must floor");
 typedef struct view {
     uint8_t *at;
     ptrdiff_t row, pixel, step;
-    int height, width, channels, pitch, type;
+    int height, width, channels, pitch, type, border;
 } view;
 
 /* What one pass over the operations works on: one sample, `steps` of its steps. */
@@ -55,13 +55,15 @@ static inline view view_of(const frame *f, int index)
     view w;
     w.at = (v->place == MDSNN_STATE ? f->state : f->call->scratch) + v->offset;
     w.pixel = kept * v->pitch;
-    w.row = w.pixel * v->width;
+    w.row = w.pixel * (v->width + 2 * v->border);
+    w.at += v->border * (w.row + w.pixel) * (1 << v->type);
     w.step = v->fixed ? 0 : v->pitch;
     w.height = v->height;
     w.width = v->width;
     w.channels = v->channels;
     w.pitch = v->pitch;
     w.type = v->type;
+    w.border = v->border;
     return w;
 }
 
