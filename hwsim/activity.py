@@ -130,7 +130,7 @@ def count_windows(
         driven[:, ky, kx] = view(sums, ky, kx).sum(axis=(1, 2))
     patch = np.zeros((len(active), len(used), height, width), np.bool_)
     if scheme == "kernel-split":
-        starts = np.flatnonzero(np.diff(tile[:, 0], prepend=-1))
+        starts = np.unique(tile[:, 0], return_index=True)[1]
         any_row = np.logical_or.reduceat(padded, starts, axis=1)
         visits = np.zeros(len(used), np.int64)
         for ky, kx in taps:
@@ -140,12 +140,12 @@ def count_windows(
     else:
         for place, (ky, kx) in enumerate(taps):
             ids = tile[:, place]
-            starts = np.flatnonzero(np.diff(ids, prepend=-1))
+            starts = np.unique(ids, return_index=True)[1]
             patch[:, ids[starts]] |= np.logical_or.reduceat(view(padded, ky, kx), starts, axis=1)
         visits = patch.sum(axis=(0, 2, 3), dtype=np.int64)
     patches = patch.sum(axis=(0, 2, 3), dtype=np.int64)
     any_tile = patch.any(axis=1)
-    sites = int(any_tile.reshape(planes, -1, height, width).any(axis=0).sum())
+    sites = int(any_tile.reshape(planes, len(active) // planes, height, width).any(axis=0).sum())
     return driven, visits, patches, sites
 
 
@@ -166,7 +166,7 @@ class _Values:
         self.backend = NodeBackend(network, reference, "reference")
         self.by_source = {lif.source: lif for lif in network.lifs}
         self.static: dict[str, Array] = {}
-        self.t = -1
+        self.t: int | None = None
         self.now: dict[str, Array] = {}
 
     def at(self, name: str, t: int) -> Array:
@@ -186,8 +186,8 @@ class _Values:
         if name in self.by_source:  # the stream a LIF reads is h less what it kept
             lif = self.by_source[name]
             trace = self.lifs[lif.name]
-            q = trace.q[t - 1].astype(np.int64) if t else np.zeros(trace.q.shape[1:], np.int64)
-            stream: Array = trace.h[t] - lif.decode[q + delta(lif.bits)].astype(np.int64)
+            q = trace.q[t - 1] if t else np.zeros_like(trace.q[0])
+            stream: Array = trace.h[t] - lif.decode[q.astype(np.int64) + delta(lif.bits)].astype(np.int64)
             return stream
         frame = self.pixels if self.pixels.ndim == 4 else self.pixels[t]
         return self.backend.value(node, {source: self.at(source, t) for source in node.inputs}, frame)
@@ -314,8 +314,7 @@ def uniform(workload: Workload, density: float, *, rows: int = 64, scheme: str =
     layers: dict[str, LayerLoad] = {}
     for layer in workload.layers:
         used = row_tiles(layer, rows, scheme)[1]
-        signed = layer.low < 0
-        value = (1.0 if signed and p > 0 else p) if layer.planes > 1 else p
+        value = 1.0 if layer.low < 0 and p > 0 else p
         bit = value * 0.5 if layer.planes > 1 else value
         valid = np.array([[_inside(layer, ky, kx) for kx in range(layer.kernel[1])] for ky in range(layer.kernel[0])])
         driven = np.broadcast_to(bit * layer.planes * valid, (layer.c_in, *layer.kernel)).astype(np.float64)

@@ -142,7 +142,7 @@ def program(
         ids = tile[group * per_in : (group + 1) * per_in].copy()
         if scheme == "kernel-split":  # a block of rows for each kernel position
             ids = ids * layer.taps + np.arange(layer.taps)[None, :]
-        flat = ids.reshape(-1)
+        flat = ids.ravel()
         for block in np.unique(flat):
             at = np.flatnonzero(flat == block)
             level = own[:, :, at].transpose(2, 0, 1).reshape(len(at), columns * per_out)
@@ -194,7 +194,7 @@ def accumulate(programmed: ProgrammedLayer, x: Array, adc_bits: int, transfer: s
                 out[:, group] += sums[:, number * per_out : (number + 1) * per_out] * (weight * factor)
     if programmed.offset:
         per_in = layer.c_in // layer.groups
-        totals = flat.reshape(-1, layer.taps, layer.groups, per_in).sum(axis=(1, 3), dtype=np.int64)
+        totals = flat.reshape(len(flat), layer.taps, layer.groups, per_in).sum(axis=(1, 3), dtype=np.int64)
         out -= programmed.offset * totals[:, :, None]
     return out.reshape(n, height, width, layer.c_out).transpose(0, 3, 1, 2)
 
@@ -541,12 +541,12 @@ def _stored_scale(layer: Layer, tile: Array, cell_bits: int, coding: str, scheme
     planes = [layer.codes] if single else list(levels(layer.codes, layer.bits, cell_bits, coding))
     for plane in planes:
         if scheme == "kernel-split":
-            starts = np.flatnonzero(np.diff(local[:, 0], prepend=-1))
+            starts = np.unique(local[:, 0], return_index=True)[1]
             sums = np.add.reduceat(plane, starts, axis=1, dtype=np.int32)
             counts = np.diff(starts, append=per_in)[None, :, None, None]
         else:
-            starts = np.flatnonzero(np.diff(local.reshape(-1), prepend=-1))
-            sums = np.add.reduceat(plane.reshape(c_out, -1), starts, axis=1, dtype=np.int32)
+            starts = np.unique(local, return_index=True)[1]
+            sums = np.add.reduceat(plane.reshape(c_out, local.size), starts, axis=1, dtype=np.int32)
             counts = np.diff(starts, append=local.size)[None, :]
         best = max(best, int((sums + offset * counts).max() if single else sums.max()))
     return best

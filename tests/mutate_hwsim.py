@@ -1,17 +1,18 @@
 """Score the tests of the hardware model by mutants of its formulas: python tests/mutate_hwsim.py [--write]
 
-A mutant is one of hwsim's five files of formulas with one small change: `+` for `-`, a constant off by one, `<` for
+A mutant is one of hwsim's seven files of formulas with one small change: `+` for `-`, a constant off by one, `<` for
 `<=`, a condition negated, the arms of a choice exchanged, `max` for `min`. Every possible one is made. Each runs, in a
-process of its own, the tests of test_hwsim_formulas.py, test_hwsim_network.py, test_hwsim_spikesim.py and
-test_hwsim_config.py that reach the changed line, the quickest first, until one fails: then it is killed. One that
-nobody notices is a case the tests lack, or is equivalent: the same function in other words. Those examined by hand
-stand, each with its reason, in tests/mutation/equivalent_hwsim.json.
+process of its own, the tests of test_hwsim_formulas.py, test_hwsim_counting.py, test_hwsim_network.py,
+test_hwsim_spikesim.py and test_hwsim_config.py that reach the changed line, the quickest first, until one fails: then
+it is killed. One that nobody notices is a case the tests lack, or is equivalent: the same function in other words.
+Those examined by hand stand, each with its reason, in tests/mutation/equivalent_hwsim.json.
 
 Writes docs/mutation-hwsim.md and tests/mutation/hwsim.json with --write. Exit status 1 if the score is under --min. Not
 a test file; needs os.fork.
 
 Scope: code that runs. Error messages, texts, type annotations, `strict=` and what only a type checker sees stay as
-they are. Tests are left out that start processes of their own, which would see the unchanged files, or need torch.
+they are; so does what reads and writes files in activity.py. Tests are left out that start processes of their own,
+which would see the unchanged files, or need torch.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "hwsim"
-FILES = ("cost.py", "converters.py", "cells.py", "wires.py", "mapping.py")
-SUITES = tuple(f"tests/test_hwsim_{name}.py" for name in ("formulas", "network", "spikesim", "config"))
+FILES = ("cost.py", "converters.py", "cells.py", "wires.py", "mapping.py", "activity.py", "crossbar.py")
+PARTS = {"activity.py": ("count_windows", "_planes", "_Values", "measure", "_count", "load_of", "uniform", "_inside")}
+"""Of these files only these functions and classes: the rest of activity.py reads and writes files."""
+SUITES = tuple(f"tests/test_hwsim_{name}.py" for name in ("formulas", "counting", "network", "spikesim", "config"))
 LEFT_OUT = (
     "test_an_analog_grid_is_the_same_in_any_number_of_processes",
     "test_events_agree_with_spikingjelly",
@@ -174,7 +177,8 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
                 visit(child, where, at)
 
     visit(tree, "", 1)
-    return found
+    parts = PARTS.get(file)
+    return found if parts is None else [each for each in found if each.function.split(".")[0] in parts]
 
 
 def _put(node: ast.AST, field: str, place: int, value: Any, new: ast.AST) -> None:
