@@ -1041,14 +1041,15 @@ def _flush(slabs: Array, most: int) -> int:
     top = max(int(slabs.max()), -int(slabs.min()), 1)
     step = -(-top // 16)
     for sign, limit in ((1, 127), (-1, 128)):
-        signed = slabs if sign > 0 else -slabs
-        levels = [(signed >= level).view(np.uint8).sum(axis=1, dtype=np.uint8) for level in range(1, top + 1, step)]
-        reach = np.stack(levels).astype(np.int32)
-        fewest = 0
-        while most > fewest:  # fewest fit; more than most do not
-            middle = most if fewest == 0 else (most + fewest + 1) // 2
-            fits = int(np.minimum(reach, middle).sum(axis=0).max()) * step <= limit
-            fewest, most = (middle, most) if fits else (fewest, middle - 1)
+        levels = (sign * np.arange(1, top + 1, step)).astype(np.int8)[:, None, None]
+        for slab in slabs:
+            reached = slab >= levels if sign > 0 else slab <= levels
+            many = reached.view(np.uint8).sum(axis=1, dtype=np.uint8).astype(np.int16)
+            fewest = 0
+            while most > fewest:  # fewest fit; more than most do not
+                middle = most if fewest == 0 else (most + fewest + 1) // 2
+                fits = int(np.minimum(many, middle).sum(axis=0).max()) * step <= limit
+                fewest, most = (middle, most) if fits else (fewest, middle - 1)
     return most
 
 
