@@ -1176,6 +1176,18 @@ class _Counts(Mapping[str, npt.NDArray[np.int64]]):
         return len(self._rows)
 
 
+class _Room:
+    """What a call writes to, and the call that points to it: scratch, one sample's state, the work of its parts."""
+
+    def __init__(self, plan: _Plan, parts: int) -> None:
+        self.parts = parts
+        self.arena = _arena(plan.scratch_bytes + plan.state_bytes + parts * plan.work_bytes)
+        scratch = plan.ffi.from_buffer("uint8_t[]", self.arena)
+        state = scratch + plan.scratch_bytes
+        fields = {"scratch": scratch, "state": state, "work": state + plan.state_bytes, "fresh": 1}
+        self.call = plan.ffi.new("mdsnn_call *", fields)
+
+
 class NativeBackend:
     """A network ready to run in C. Immutable: calls may run side by side.
 
@@ -1201,25 +1213,26 @@ class NativeBackend:
         methods = {METHODS[self._plan.struct.ops[at].method] for at in range(len(self._plan.steps))}
         self._parts = 1 if "tiles" in methods else _PARTS
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
-        self._scratch: deque[npt.NDArray[np.uint8]] = deque(maxlen=64)
+        self._scratch: deque[_Room] = deque(maxlen=64)
+        self._classes = network.classes
 
     def run(self, pixels: npt.NDArray[np.uint8], trace: bool, threads: int = 1) -> Result:
         """All timesteps of checked pixels [N, C, H, W] or [T, N, C, H, W], each sample by up to `threads` threads."""
         parts = min(threads, self._parts)
-        arena = self._take(parts)
+        room = self._take(parts)
         try:
-            return self._call(pixels, self.network.timesteps, arena, trace, parts)
+            return self._call(pixels, self.network.timesteps, room, trace, parts)
         finally:
-            self._scratch.append(arena)
+            self._scratch.append(room)
 
     def timed(self, pixels: npt.NDArray[np.uint8]) -> tuple[Result, npt.NDArray[np.int64]]:
         """A run on one thread, and where its time went: ticks of each of `operations` in each stage of STAGES."""
         times = np.zeros((len(self._plan.steps), len(STAGES)), np.int64)
-        arena = self._take()
+        room = self._take()
         try:
-            return self._call(pixels, self.network.timesteps, arena, False, times=times), times
+            return self._call(pixels, self.network.timesteps, room, False, times=times), times
         finally:
-            self._scratch.append(arena)
+            self._scratch.append(room)
 
     def operations(self) -> list[Operation]:
         """What a run consists of, in order."""
@@ -1237,67 +1250,68 @@ class NativeBackend:
         """A fresh state, q = 0 everywhere, for `samples` samples."""
         return _NativeState(self, samples)
 
-    def _take(self, parts: int = 1) -> npt.NDArray[np.uint8]:
-        """An arena: scratch, state, and the work of so many parts."""
-        plan = self._plan
-        size = plan.scratch_bytes + plan.state_bytes + parts * plan.work_bytes
+    def _take(self, parts: int = 1) -> _Room:
+        """Room for one call at a time, by so many parts."""
         with contextlib.suppress(IndexError):
-            arena = self._scratch.pop()
-            if len(arena) >= size:
-                return arena
-        return _arena(size)
+            room = self._scratch.pop()
+            if room.parts >= parts:
+                return room
+        return _Room(self._plan, parts)
 
     def _call(
         self,
         pixels: npt.NDArray[np.uint8],
         steps: int,
-        arena: npt.NDArray[np.uint8],
+        room: _Room,
         trace: bool,
         parts: int = 1,
         times: npt.NDArray[np.int64] | None = None,
         state: tuple[npt.NDArray[np.uint8], bool] | None = None,
     ) -> Result:
         """Run `steps` timesteps. `state`: what earlier steps left of every sample, and whether it is fresh; None: the
-        arena's own, fresh for every sample."""
+        room's own, fresh for every sample."""
         # Little Python: between two calls the weights push it out of the caches, and each line of it is read anew.
-        plan, ffi, network = self._plan, self._plan.ffi, self.network
-        pointer = ffi.from_buffer
+        plan, call = self._plan, room.call
+        pointer = plan.ffi.from_buffer
         samples = pixels.shape[-4]
-        logits = np.empty((samples, network.classes), np.int32)
+        logits = np.empty((samples, self._classes), np.int32)
         counts = np.zeros((len(plan.counters), steps), np.int64)
-        call = ffi.new("mdsnn_call *")
+        lifs: dict[str, LifTrace] = {}
+        helpers: list[Future[None]] = []
+        if trace or parts > 1 or times is not None or state is not None:
+            call = plan.ffi.new("mdsnn_call *", call[0])  # the room's never points to what is gone
+            if state is not None:
+                call.state, call.fresh = pointer("uint8_t[]", state[0]), int(state[1])
+                call.state_pitch = plan.state_bytes
+            if times is not None:
+                call.times = pointer("int64_t[]", times)
+            if trace:
+                lifs, *pointers = self._lifs(steps, samples)
+                call.trace_h, call.trace_s, call.trace_q = pointers
         call.pixels = pointer("uint8_t[]", pixels)
         call.pixel_step = pixels.strides[0] if pixels.ndim == 5 else 0
         call.samples, call.steps = samples, steps
-        call.scratch = scratch = pointer("uint8_t[]", arena)
-        call.work = scratch + (plan.scratch_bytes + plan.state_bytes)
-        if state is None:
-            call.state, call.fresh = scratch + plan.scratch_bytes, 1
-        else:
-            call.state, call.fresh, call.state_pitch = pointer("uint8_t[]", state[0]), int(state[1]), plan.state_bytes
-        call.logits = pointer("int32_t[]", logits)
-        call.counts = pointer("int64_t[]", counts)
-        if times is not None:
-            call.times = pointer("int64_t[]", times)
-        lifs: dict[str, LifTrace] = {}
-        if trace:
-            for lif in network.lifs:
-                shape = (steps, samples, *network.proof.shapes[lif.name])
-                lifs[lif.name] = LifTrace(
-                    np.empty(shape, np.int32), np.empty(shape, np.uint8), np.empty(shape, np.int8)
-                )
-            traced = lifs.values()
-            h = ffi.new("int32_t *[]", [pointer("int32_t[]", lif.h) for lif in traced])
-            s = ffi.new("uint8_t *[]", [pointer("uint8_t[]", lif.s) for lif in traced])
-            q = ffi.new("int8_t *[]", [pointer("int8_t[]", lif.q) for lif in traced])
-            call.trace_h, call.trace_s, call.trace_q = h, s, q
-        helpers = self._help(call, parts) if parts > 1 else []
+        call.logits, call.counts = pointer("int32_t[]", logits), pointer("int64_t[]", counts)
+        if parts > 1:
+            helpers = self._help(call, parts)
         plan.lib.mdsnn_run(plan.struct, plan.level, call)
         for helper in helpers:
             helper.cancel()  # one that runs finds that the call has ended
         spikes_out, spikes_in = _Counts(counts, self._spikes_out), _Counts(counts, self._spikes_in)
         activity = Activity(samples, self._neurons, spikes_out, spikes_in)
         return Result(logits, activity, Trace(lifs, logits) if trace else None)
+
+    def _lifs(self, steps: int, samples: int) -> tuple[dict[str, LifTrace], Any, Any, Any]:
+        """Arrays for a trace, and pointers to those of h, s and q."""
+        network, ffi = self.network, self._plan.ffi
+        lifs: dict[str, LifTrace] = {}
+        for lif in network.lifs:
+            shape = (steps, samples, *network.proof.shapes[lif.name])
+            lifs[lif.name] = LifTrace(np.empty(shape, np.int32), np.empty(shape, np.uint8), np.empty(shape, np.int8))
+        h = ffi.new("int32_t *[]", [ffi.from_buffer("int32_t[]", lif.h) for lif in lifs.values()])
+        s = ffi.new("uint8_t *[]", [ffi.from_buffer("uint8_t[]", lif.s) for lif in lifs.values()])
+        q = ffi.new("int8_t *[]", [ffi.from_buffer("int8_t[]", lif.q) for lif in lifs.values()])
+        return lifs, h, s, q
 
     def _help(self, call: Any, parts: int) -> list[Future[None]]:
         """Send for parts - 1 threads. The call waits for none of them: work that nobody has taken it does itself."""
@@ -1316,10 +1330,10 @@ class _NativeState:
     def step(self, frame: npt.NDArray[np.uint8]) -> Result:
         """Run one timestep on `frame` [N, C, H, W]."""
         backend = self._backend
-        arena = backend._take()
+        room = backend._take()
         try:
-            result = backend._call(frame, 1, arena, True, state=(self._state, self._fresh))
+            result = backend._call(frame, 1, room, True, state=(self._state, self._fresh))
         finally:
-            backend._scratch.append(arena)
+            backend._scratch.append(room)
         self._fresh = False
         return result

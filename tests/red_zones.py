@@ -113,7 +113,7 @@ def strayed(engine: Any) -> bool:
 
     Arenas must come from Watched.arena, and be taken anew for each run: the one looked at is given back here.
     """
-    plan, arena = engine._backend._plan, engine._backend._scratch.pop()
+    plan, arena = engine._backend._plan, engine._backend._scratch.pop().arena
     free = np.ones(len(arena), bool)
     areas = {"scratch": 0, "state": plan.scratch_bytes, "work": plan.scratch_bytes + plan.state_bytes}
     for base, offset, size in plan.owned:

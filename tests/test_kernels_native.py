@@ -138,7 +138,7 @@ def test_scratch_is_kept_between_runs_and_leaves_nothing_behind() -> None:
     want = Engine(network, "reference", 1).run(pixels).logits
     assert_same_bits(ready.run(pixels).logits, want, "logits")
     assert len(backend._scratch) == 1
-    backend._scratch[0][:] = 0xA5  # a run must not read what an earlier one left
+    backend._scratch[0].arena[:] = 0xA5  # a run must not read what an earlier one left
     assert_same_bits(ready.run(pixels).logits, want, "logits after the scratch was spoilt")
     assert len(backend._scratch) == 1
 
