@@ -362,9 +362,11 @@ def test_the_limits_of_a_grid() -> None:
     labels = np.zeros(3, np.int64)
     ideal = CrossbarNetwork(network, CHIP)
 
+    rng = np.random.default_rng(0)
+
     def grid(**over: Any) -> Any:
         given: dict[str, Any] = {"trials": 1, "devices": [Devices()], "adc_bits": [16], **over}
-        return analog_grid(network, pixels, labels, CHIP, rng=np.random.default_rng(0), **given)
+        return analog_grid(network, pixels, labels, CHIP, rng=rng, **given)
 
     for bits in (1, 32):
         assert ideal.with_adc(bits).run(pixels).shape[0] == 3
@@ -383,6 +385,10 @@ def test_the_limits_of_a_grid() -> None:
             grid(**over)
     with pytest.raises(ConfigError, match="transfer"):
         grid(transfer="fold")
+    state = rng.bit_generator.state
+    with pytest.raises(ConfigError, match="adc_bits = 33"):
+        grid(adc_bits=[16, 33])
+    assert rng.bit_generator.state == state  # refused before anything is drawn
     with pytest.raises(InputError, match="one each was expected"):
         analog_grid(network, pixels, labels[:2], CHIP, trials=1, rng=np.random.default_rng(0), devices=[Devices()],
                     adc_bits=[8])  # fmt: skip
