@@ -148,8 +148,13 @@ class _Twice:
 _twice: ContextVar[_Twice | None] = ContextVar("mdsnn_twice", default=None)
 
 
+def _recorded() -> _Twice | None:
+    """The block's forward that is going on, if it is recomputed; none under torch.compile, which keeps what it will."""
+    return None if torch.compiler.is_compiling() else _twice.get()
+
+
 def _repeats() -> bool:
-    twice = _twice.get()
+    twice = _recorded()
     return twice is not None and twice.again
 
 
@@ -302,7 +307,7 @@ class _Weighted(Layer):
             return fake_quantize_weight(self.weight, self.weight_bits)
         if self.alpha is None:
             return fake_quantize_shared(self.weight, self.weight_bits)
-        scale, twice = self.alpha.clone(), _twice.get()  # a copy: the LIF that starts it comes later
+        scale, twice = self.alpha.clone(), _recorded()  # a copy: the LIF that starts it comes later
         if twice is not None and twice.again:
             scale = twice.seen[self][1].clone()
         elif twice is not None:
@@ -618,6 +623,7 @@ class LIF(Layer):
         else:
             self.register_buffer("alpha", torch.ones(()))
         self.register_buffer("alpha_batches", torch.zeros((), dtype=torch.int64))
+        self._has_begun = False
         self.tap: bool | str = False
         self.record = False
         self.last_h: Tensor | None = None
@@ -636,8 +642,8 @@ class LIF(Layer):
         if self.training and isinstance(self.alpha, nn.Parameter) and not _repeats():
             with torch.no_grad():  # a step beyond the bounds would leave it there, where it has no gradient
                 self.alpha.clamp_(ALPHA_FLOOR, 1.0)
-        starting, alpha = self.training and not int(self.alpha_batches), self.alpha
-        twice = _twice.get()
+        starting, alpha = self.training and not self._begun(), self.alpha
+        twice = _recorded()
         if twice is not None and twice.again:
             starting, alpha = twice.seen[self]
         elif twice is not None:
@@ -650,6 +656,19 @@ class LIF(Layer):
             if self.training and len(peaks):
                 self._observe(peaks.amax(), starting)
         return s
+
+    def _begun(self) -> bool:
+        """Whether a training batch has set the scale: as `alpha_batches`, which is not looked at once it has.
+
+        A GPU would have to wait for that, and a graph of torch.compile would end there.
+        """
+        if not self._has_begun and self.bits != FULL_PRECISION and not torch.compiler.is_compiling():
+            self._has_begun = bool(self.alpha_batches)
+        return self._has_begun
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)  # type: ignore[no-untyped-call]
+        self._has_begun = bool(self.alpha_batches)
 
     def _neuron(self, x: Tensor) -> loops.Neuron | None:
         """What runs this layer's steps in one pass; None where only `lif_step` will do."""
@@ -723,6 +742,7 @@ class LIF(Layer):
         elif self.alpha_mode == "ema":
             self.alpha.lerp_(peak.to(self.alpha.dtype), self.alpha_momentum)
         self.alpha_batches += 1
+        self._has_begun = True
 
     def integer(self, x: Tensor) -> Tensor:
         codes = self.constants

@@ -65,9 +65,10 @@ def quantize_tanh(
     raises  FormatError  for bits outside 2..8, or (with `name`) if w holds NaN or infinity
     """
     top = delta(bits)
-    if name is not None:
+    traced = torch.compiler.is_compiling()  # by torch.compile, which cannot look at values
+    if name is not None and not traced:
         check_finite(w, name)
-    if alpha is None and w.device.type == "cpu" and bool(torch.isfinite(w).all()):
+    if alpha is None and w.device.type == "cpu" and not traced and bool(torch.isfinite(w).all()):
         codes, peak = weight_codes(w.detach().double().numpy(), bits)
         return torch.from_numpy(codes).double(), torch.tensor(peak, dtype=torch.float64)
     squashed = torch.tanh(w.detach().double())

@@ -111,7 +111,7 @@ class TrainConfig:
     freeze_epochs  so many last epochs train under fixed BN statistics and EMA scales, those that freezing takes
     quantizer      of weights and membranes: "tanh" (Eq. 3) or "mint" (one learned scale)
     precision      "bf16": convolutions and matrix products of the live network by autocast; never of the frozen one
-    compile        by torch.compile     checkpoint_activations: less memory, more time
+    compile        by torch.compile, not with checkpoint_activations (less memory, more time)
     seed           of weights, order and augmentation     threads: of torch; 0: as they are     device: "cpu" | "cuda"
     """
 
@@ -247,6 +247,8 @@ def _faults(config: TrainConfig) -> list[str]:
         found.append("depth and blocks are both given; they say the same thing")
     if type(config.blocks) is type(config.widths) is tuple and len(config.blocks) != len(config.widths):
         found.append(f"{len(config.blocks)} groups of blocks and {len(config.widths)} of widths")
+    if config.compile is True and config.checkpoint_activations is True:
+        found.append("compile and checkpoint_activations exclude each other: a compiled network decides what it keeps")
     if (config.quantize, config.reset) == ("pre_fire", "soft"):
         found.append("quantize 'pre_fire' goes with reset 'hard' only")
     try:

@@ -237,6 +237,49 @@ def test_recomputed_blocks_keep_less():
     assert kept[1] < 0.5 * kept[0]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "tdbn"},
+        STUDENT,
+        pytest.param({**STUDENT, "quantizer": "mint"}, marks=pytest.mark.slow),
+        pytest.param({**STUDENT, "alpha": "dynamic", "reset": "soft"}, marks=pytest.mark.slow),
+    ],
+    ids=["teacher", "tanh", "mint", "dynamic"],
+)
+def test_training_is_one_graph_of_torch_compile(options) -> None:
+    """No value is looked at on the way, from the first batch on; the same bits as eager, its statistics too."""
+    torch._dynamo.reset()
+    eager = ms_resnet((1,), (3,), size=6, timesteps=2, **options).train()
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for seed in range(3):
+        x = torch.randint(0, 256, (2, 3, 6, 6), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        for network, call in ((eager, eager), (model, compiled)):
+            network.lif.tap = True
+            loss = call(x).square().mean() + network.lif.last_h.mean()
+            loss.backward()
+    for name, value in eager.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, parameter in eager.named_parameters():
+        assert (gradients[name] is None) == (parameter.grad is None), name
+        assert parameter.grad is None or torch.equal(gradients[name], parameter.grad), name
+
+
+def test_a_lif_knows_after_loading_whether_its_scale_has_begun() -> None:
+    x = torch.rand(2, 1, 2, 3, 3)
+    lif, other = LIF(2, bits=4).train(), LIF(2, bits=4).train()
+    lif(x)
+    other.load_state_dict(lif.state_dict())
+    other(10 * x)
+    peak = torch.tanh((10 * x).abs().amax())
+    assert float(other.alpha) < 0.95 * float(peak)  # a step towards it, not the peak itself
+    other.load_state_dict(LIF(2, bits=4).state_dict())
+    other(0.01 * x)
+    assert float(other.alpha) < 0.05
+
+
 def test_tdbn_scales_gamma_by_the_threshold():
     """gamma is multiplied by v_th, and by sqrt(1/2) on branches that are added (arXiv 2011.05280, Eqs. 5 and 13)."""
     model = ms_resnet((1, 1), (4, 6), norm="tdbn", v_th=0.4, size=8)

@@ -86,6 +86,7 @@ def test_all_faults_of_a_recipe_are_reported_at_once():
         ({"precision": "fp8"}, "precision = 'fp8' is none of float32, bf16"),
         ({"freeze_epochs": -1}, "freeze_epochs = -1"),
         ({"compile": 1}, "compile = 1 is neither"),
+        ({"compile": True, "checkpoint_activations": True}, "exclude each other"),
         ({"checkpoint_activations": "yes"}, "checkpoint_activations = 'yes'"),
         ({"depth": 50}, "depth = 50 is none of 18, 34"),
         ({"depth": 18, "blocks": (1,), "widths": (4,)}, "say the same thing"),
