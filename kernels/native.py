@@ -1101,6 +1101,7 @@ def _packed(weight: Array, outs: int, pack: Callable[[Array], Array]) -> Array:
     return packed
 
 
+@functools.cache
 def _bit_places() -> Array:
     """256 * 8 entries: the place of each bit that is set in a byte, lowest first, then 0; 256 more: how many."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")

@@ -144,6 +144,24 @@ def test_scratch_is_kept_between_runs_and_leaves_nothing_behind() -> None:
 
 
 @needs_native
+def test_a_call_that_is_kept_points_to_nothing_of_another_kind_of_call() -> None:
+    network, pixels = seeded_case(1)
+    backend = native.NativeBackend(network, "base")
+    want = backend.run(pixels, False)
+    backend.run(pixels, True)
+    backend.timed(pixels)
+    backend.run(pixels, False, 3)
+    backend.start(pixels.shape[-4]).step(pixels if pixels.ndim == 4 else pixels[0])
+    null = backend._plan.ffi.NULL
+    for room in backend._scratch:
+        call, own = room.call, room.arena.ctypes.data
+        assert [call.trace_h, call.trace_s, call.trace_q, call.times, call.team] == [null] * 5
+        assert (call.state_pitch, call.fresh) == (0, 1)
+        state = int(backend._plan.ffi.cast("uintptr_t", call.state))
+        assert state == own + backend._plan.scratch_bytes
+    assert_same_bits(backend.run(pixels, False).logits, want.logits, "logits")
+
+
 def test_the_extension_needs_no_torch_and_no_numba() -> None:
     code = (
         "import sys; sys.modules.update(torch=None, numba=None, onnx=None)\n"
