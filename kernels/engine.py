@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
@@ -63,6 +63,28 @@ class Trace:
 
     lifs: Mapping[str, LifTrace]
     logits: npt.NDArray[np.int32]
+
+
+class Counts(Mapping[str, npt.NDArray[np.int64]]):
+    """Counters by name: rows of one array, looked up when they are asked for.
+
+    counts  (counters, T) int64      rows  name -> row
+    """
+
+    __slots__ = ("counts", "rows")
+
+    def __init__(self, counts: npt.NDArray[np.int64], rows: Mapping[str, int]) -> None:
+        self.counts, self.rows = counts, rows
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.int64]:
+        row: npt.NDArray[np.int64] = self.counts[self.rows[name]]
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -253,8 +275,15 @@ def _over_samples(parts: list[Result]) -> Result:
         return parts[0]
     logits = np.concatenate([part.logits for part in parts])
 
-    def total(counts: list[Mapping[str, npt.NDArray[np.int64]]]) -> dict[str, npt.NDArray[np.int64]]:
-        return {name: np.sum([count[name] for count in counts], axis=0) for name in counts[0]}
+    sums: dict[int, npt.NDArray[np.int64]] = {}  # of arrays that several counts share
+
+    def total(counts: list[Mapping[str, npt.NDArray[np.int64]]]) -> Mapping[str, npt.NDArray[np.int64]]:
+        first, arrays = counts[0], [count.counts for count in counts if isinstance(count, Counts)]
+        if isinstance(first, Counts) and len(arrays) == len(counts):
+            if id(first.counts) not in sums:
+                sums[id(first.counts)] = np.sum(arrays, axis=0)
+            return Counts(sums[id(first.counts)], first.rows)
+        return {name: np.sum([count[name] for count in counts], axis=0) for name in first}
 
     activity = Activity(
         sum(part.activity.samples for part in parts),

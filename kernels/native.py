@@ -17,7 +17,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Activity, LifTrace, Result, State, Trace, workers
+from .engine import Activity, Counts, LifTrace, Result, State, Trace, workers
 from .errors import ConfigError, MissingError
 from .formats import INT32_LIMIT, MAX_SHIFT, Array, delta
 from .network import (
@@ -60,6 +60,7 @@ _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with man
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
+_LINE = 1 << 18  # entries of a channel's dense table beyond which it is not looked at
 _MULTIPLIER = 2**15 - 1  # largest of a bn that takes the place of a dense table
 _TABLE = 1 << 16  # largest dense table of membrane codes
 _I8, _I16, _I32 = range(3)  # enum mdsnn_type
@@ -429,6 +430,8 @@ def _line(y: Array, first: int, saturation: int) -> tuple[int, int, int] | None:
     """
     if y[0] == y[-1]:  # tables are monotone
         return 0, int(y[0]), 0
+    if len(y) > _LINE:
+        return None
     acc = np.arange(first, first + len(y))
     reached, kept = np.flatnonzero(y > -saturation), np.flatnonzero(y < saturation)  # one bound where y is saturated
     straight = np.flatnonzero(abs(y) < saturation)
@@ -1158,25 +1161,6 @@ def strain(isa_level: str, work: str, size: int, rounds: int) -> int:
     return int(module.lib.mdsnn_strain(ISA_LEVELS.index(isa_level), kind, start, size, rounds))
 
 
-class _Counts(Mapping[str, npt.NDArray[np.int64]]):
-    """Counters of a run by name: rows of one array, made when they are asked for."""
-
-    __slots__ = ("_counts", "_rows")
-
-    def __init__(self, counts: npt.NDArray[np.int64], rows: Mapping[str, int]) -> None:
-        self._counts, self._rows = counts, rows
-
-    def __getitem__(self, name: str) -> npt.NDArray[np.int64]:
-        row: npt.NDArray[np.int64] = self._counts[self._rows[name]]
-        return row
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-
 class _Room:
     """What a call writes to, and the call that points to it: scratch, one sample's state, the work of its parts."""
 
@@ -1298,7 +1282,7 @@ class NativeBackend:
         plan.lib.mdsnn_run(plan.struct, plan.level, call)
         for helper in helpers:
             helper.cancel()  # one that runs finds that the call has ended
-        spikes_out, spikes_in = _Counts(counts, self._spikes_out), _Counts(counts, self._spikes_in)
+        spikes_out, spikes_in = Counts(counts, self._spikes_out), Counts(counts, self._spikes_in)
         activity = Activity(samples, self._neurons, spikes_out, spikes_in)
         return Result(logits, activity, Trace(lifs, logits) if trace else None)
 
