@@ -667,7 +667,7 @@ class LIF(Layer):
         return self._has_begun
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        super()._load_from_state_dict(*arguments, **keywords)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments, **keywords)
         self._has_begun = bool(self.alpha_batches)
 
     def _neuron(self, x: Tensor) -> loops.Neuron | None:

@@ -59,16 +59,16 @@ def quantize_tanh(
     w       any shape, real
     bits    2..8
     alpha   the scale; default max|tanh(w)|, or 1 where that is 0
-    name    the tensor's name; given, NaN and infinity are looked for
+    name    the tensor's name; given, NaN and infinity are looked for, on the CPU
     returns codes  same shape, float64, whole numbers in [-delta, delta], delta = 2**(bits-1) - 1; ties to even
             alpha  scalar float64; the quantized weight is alpha * codes / delta
     raises  FormatError  for bits outside 2..8, or (with `name`) if w holds NaN or infinity
     """
     top = delta(bits)
-    traced = torch.compiler.is_compiling()  # by torch.compile, which cannot look at values
-    if name is not None and not traced:
+    at_hand = w.device.type == "cpu" and not torch.compiler.is_compiling()  # to look at values costs nothing
+    if name is not None and at_hand:
         check_finite(w, name)
-    if alpha is None and w.device.type == "cpu" and not traced and bool(torch.isfinite(w).all()):
+    if alpha is None and at_hand and bool(torch.isfinite(w).all()):
         codes, peak = weight_codes(w.detach().double().numpy(), bits)
         return torch.from_numpy(codes).double(), torch.tensor(peak, dtype=torch.float64)
     squashed = torch.tanh(w.detach().double())

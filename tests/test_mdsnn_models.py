@@ -267,6 +267,17 @@ def test_training_is_one_graph_of_torch_compile(options) -> None:
         assert parameter.grad is None or torch.equal(gradients[name], parameter.grad), name
 
 
+@pytest.mark.parametrize("options", [{}, STUDENT, {**STUDENT, "quantizer": "mint"}], ids=["teacher", "tanh", "mint"])
+def test_a_step_of_training_looks_at_no_value(options) -> None:
+    """A GPU would have to wait for it: tensors without values do, once the first batch is through."""
+    model = ms_resnet((1, 1), (3, 4), size=6, timesteps=2, **options).train()
+    model(pixels(2, 3, 6))
+    model = model.to("meta")
+    model.lif.tap = True
+    (model(pixels(2, 3, 6).to("meta")).square().mean() + model.lif.last_h.mean()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.ndim > 1)
+
+
 def test_a_lif_knows_after_loading_whether_its_scale_has_begun() -> None:
     x = torch.rand(2, 1, 2, 3, 3)
     lif, other = LIF(2, bits=4).train(), LIF(2, bits=4).train()

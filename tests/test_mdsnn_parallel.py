@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -52,12 +53,23 @@ PROGRESS = None
 """
 
 
+PATIENCE = 1200
+"""Seconds that two processes may take; half a minute where nobody else computes."""
+
+
+def free_port() -> int:
+    """A port below those that systems give away unasked, so that it is still free when the processes come to it."""
+    for port in range(15_000 + os.getpid() % 15_000, 32_000):
+        with contextlib.suppress(OSError), socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port below 32000")
+
+
 def start(script: str, *words: object) -> list[subprocess.Popen[str]]:
     """Two processes of one run, as torchrun would start them, without its hand over them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group = {**ENVIRONMENT, **address, "WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
             [sys.executable, "-c", script, *map(str, words)],
@@ -72,7 +84,7 @@ def start(script: str, *words: object) -> list[subprocess.Popen[str]]:
 
 def wait(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     try:
-        told = [process.communicate(timeout=400) for process in processes]
+        told = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -149,13 +161,9 @@ def test_two_processes_compute_what_one_would(both: tuple[Path, list[dict[str, A
 
 
 def launched(launcher: str, *words: object) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={port}", "-m", "mdsnn", *words]
-    return subprocess.run(
-        [str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False
-    )
+    own = ("--nproc_per_node=2", f"--master_port={free_port()}")
+    command = [str(word) for word in (sys.executable, "-m", launcher, *own, "-m", "mdsnn", *words)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_the_references_commands_run_stop_and_go_on_to_the_same_bits(both: Any, tmp_path: Path) -> None:
