@@ -53,9 +53,9 @@ ISA_LEVELS = ("base", "avx2", "avx512", "amx")
 
 STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
-METHODS = ("events, 8 bits", "events, 16 bits", "pairs", "tiles")
+METHODS = ("events, 8 bits", "events, 16 bits", "pairs", "bytes", "grouped", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 16  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 17  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
@@ -77,6 +77,8 @@ _BUCKETS = 31  # MDSNN_BUCKETS of src/mdsnn.h
 _TAPS, _ROWS, _FILL = 3, 3, 4  # windows at a time, rows of a slab and what lists are filled up to, of src/events.h
 _CELLS = 15  # MDSNN_CELLS of src/mdsnn.h
 _PATTERN = 8  # steps whose spikes a byte holds
+_BYTES = ("avx2", "avx512")  # levels that multiply bytes, and have no tiles
+_FOURS = 4  # fours that 16 bits must add for products of bytes to be worth it
 _FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
 _REPORT = "please report it with the output of `mdsnn doctor`"
 _CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
@@ -215,7 +217,7 @@ class _Group:
     """
 
     conv: Conv
-    method: str  # events, pairs or tiles
+    method: str  # events, pairs, bytes, grouped or tiles
     bn: BnAffine | BnDense
     add: Add | None = None
     other: str | None = None
@@ -272,30 +274,73 @@ def _method(network: IntegerNetwork, conv: Conv, isa_level: str, chunk: int) -> 
     """How to run a convolution in blocks of 64 channels; None where only the plain kernel fits."""
     proof = network.proof
     _, c_in, kh, kw = conv.weight.shape
-    if conv.groups > 1 or not -128 <= proof.ranges[conv.source][0] <= proof.ranges[conv.source][1] <= 127:
+    if not -128 <= proof.ranges[conv.source][0] <= proof.ranges[conv.source][1] <= 127:
         return None
     _, height, width = proof.shapes[conv.source]
     steps = 1 if proof.static[conv.name] else chunk
     copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * _up(c_in)
     events = proof.kinds[conv.source] == "spikes" and _list_bytes(conv, width, steps) <= _INPUT_BYTES
     events = events and _widen(network, conv) is not None
+    if conv.groups > 1:
+        grouped = "grouped" if _spread(network, conv, chunk) <= _COLUMN_BYTES else None
+        return "events" if events else grouped
     rows = proof.shapes[conv.name][2] * steps  # of tiles, for a row of outputs
     empty = rows <= _FILLED * (-(-rows // _TILE) * _TILE)
     if isa_level == "amx" and copied <= _INPUT_BYTES and not (events and empty):
         return "tiles"
     if events:
         return "events"
-    return "pairs" if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw <= _COLUMN_BYTES else None
+    if 2 * proof.shapes[conv.name][2] * chunk * c_in * kh * kw > _COLUMN_BYTES:
+        return None
+    return "bytes" if isa_level in _BYTES and _fours(network, conv) >= _FOURS else "pairs"
+
+
+def _bias(network: IntegerNetwork, conv: Conv) -> int:
+    """What makes no input negative."""
+    return 128 if network.proof.ranges[conv.source][0] < 0 else 0
+
+
+def _fours(network: IntegerNetwork, conv: Conv) -> int:
+    """How many times 16 bits can add the products of four inputs by their weights, as two sums of two."""
+    largest = network.proof.ranges[conv.source][1] + _bias(network, conv)
+    weight = 2 * max(1, int(conv.weight.max()), -int(conv.weight.min()))
+    return (2**15 - 1) // max(1, largest * weight)
 
 
 def _list_bytes(conv: Conv, width: int, steps: int) -> int:
     """What the lists of an output row take if every input fires: a byte an entry, each list filled up."""
     _, c_in, kh, _ = conv.weight.shape
-    return int(width * steps * (c_in * kh + (_FILL - 1) * _slabs(conv)))
+    return int(width * steps * (c_in * conv.groups * kh + (_FILL - 1) * _slabs(conv)))
 
 
 def _slabs(conv: Conv) -> int:
-    return int(-(-conv.weight.shape[1] // _BLOCK) * -(-conv.weight.shape[2] // _ROWS))
+    """Slabs of the whole input, of which a block of outputs reads those that its groups lie in."""
+    return int(-(-conv.weight.shape[1] * conv.groups // _BLOCK) * -(-conv.weight.shape[2] // _ROWS))
+
+
+def _own_inputs(conv: Conv) -> Array:
+    """(C_out, C_in/groups, kh, kw) to (C_out, ins, kh, kw): weights of the inputs from the first block of 64 on that an
+    output's block of 64 reads, as events.h finds it; 0 for those of other groups."""
+    if conv.groups == 1:
+        return conv.weight
+    c_out, c_in, kh, kw = conv.weight.shape
+    each, first_out = c_out // conv.groups, np.arange(0, c_out, _BLOCK)
+    first = first_out // each * c_in // _BLOCK
+    last = (np.minimum(first_out + _BLOCK, c_out) - 1) // each * c_in + c_in - 1
+    blocks = int((last // _BLOCK - first).max()) + 1
+    first = np.minimum(first, -(-c_in * conv.groups // _BLOCK) - blocks)
+    own = np.zeros((c_out, blocks * _BLOCK, kh, kw), np.int8)
+    for out in range(c_out):
+        at = out // each * c_in - int(first[out // _BLOCK]) * _BLOCK
+        own[out, at : at + c_in] = conv.weight[out]
+    return own
+
+
+def _spread(network: IntegerNetwork, conv: Conv, chunk: int) -> int:
+    """Bytes of the rows of inputs under a row of windows, laid out for groups; see src/grouped.h."""
+    width = network.proof.shapes[conv.source][2] + 2 * conv.padding
+    steps = 1 if network.proof.static[conv.name] else chunk
+    return int(conv.weight.shape[2] * width * steps * conv.weight.shape[1] * _BLOCK)
 
 
 def _sums_fit(network: IntegerNetwork, conv: Conv) -> bool:
@@ -311,10 +356,11 @@ def _widen(network: IntegerNetwork, conv: Conv) -> int | None:
     """
     if _sums_fit(network, conv):
         return 0
-    slabs = _slab_columns(conv.weight).reshape(len(conv.weight), _slabs(conv), -1)
+    columns = _slab_columns(_own_inputs(conv))
+    slabs = columns.reshape(len(columns), columns.shape[1] * columns.shape[2], -1)
     up, down = (part(slabs, 0).sum(axis=-1, dtype=np.int32) for part in (np.maximum, np.minimum))
-    for many in range(_slabs(conv), 0, -1):
-        first = np.arange(0, _slabs(conv), many)
+    for many in range(slabs.shape[1], 0, -1):
+        first = np.arange(0, slabs.shape[1], many)
         highest, lowest = (np.add.reduceat(part, first, axis=1) for part in (up, down))
         if int(highest.max()) < 2**15 and int(lowest.min()) >= -(2**15):
             return many
@@ -664,7 +710,7 @@ class _Plan:
                     flush = _flush(slab, flush) if flush >= _FLUSH else 0
             return _pack_events(slabs, _four_bits(conv))
 
-        packed = _packed(conv.weight, _BLOCK, pack)
+        packed = _packed(_own_inputs(conv), _BLOCK, pack)
         flush = flush // _FILL * _FILL
         if flush < _FLUSH:
             packed[..., ::2] ^= -128  # even bytes are unsigned: the weight + 128
@@ -777,8 +823,12 @@ class _Plan:
             starts = 4 * _slabs(conv) * band * (steps * width + 1)
             slab = _up((_ROWS * _BLOCK + 1) * kw * _BLOCK) + 2 * _BLOCK
             return lists, slab, spots, starts, band * self._events(group), after_bn
+        if group.method == "bytes":
+            return out_width * steps * _depth(conv, 4), 0, 0, 0, 4 * row, after_bn
+        if group.method == "grouped":
+            return _spread(self.network, conv, self.chunk), 0, 0, 0, 4 * row, after_bn
         if group.method == "pairs":
-            return 2 * out_width * steps * _depth(conv), 0, 0, 0, 4 * row, after_bn
+            return 2 * out_width * steps * _depth(conv, 2), 0, 0, 0, 4 * row, after_bn
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
         tall = self._tall(steps)
         copied = (height + 2 * conv.padding) * columns * steps * _up(c_in) + tall * _BLOCK
@@ -818,13 +868,21 @@ class _Plan:
         if group.fire is not None:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
-        flush, widen, nibbles = 0, 0, False
+        flush, widen, nibbles, span, bias = 0, 0, False, 0, 0
         match group.method:
             case "tiles":
                 method, packed, nibbles = self.lib.MDSNN_TILES, self.tiles[conv.name], _four_bits(conv)
             case "pairs":
                 method, packed = self.lib.MDSNN_PAIRS, self._hold("int16_t", _packed(conv.weight, _BLOCK, _pack_pairs))
+            case "bytes":
+                flush, bias = _fours(self.network, conv), _bias(self.network, conv)
+                method = self.lib.MDSNN_BYTES
+                packed = self._hold("int8_t", _packed(conv.weight, _BLOCK, lambda some: _pack_bytes(some, bias)))
+            case "grouped":
+                method, widen = self.lib.MDSNN_GROUPED, int(not _sums_fit(self.network, conv))
+                packed = self._hold("int16_t", _packed(conv.weight, _BLOCK, _pack_grouped))
             case _:
+                span = -(-_own_inputs(conv).shape[1] // _BLOCK)
                 packed, flush = self._events_weights(conv)
                 widen, nibbles = _widen(self.network, conv) or 0, _four_bits(conv)
                 method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
@@ -842,16 +900,18 @@ class _Plan:
             "kernel_width": conv.weight.shape[3],
             "stride": conv.stride,
             "padding": conv.padding,
-            "groups": 1,
+            "groups": conv.groups,
             "weight": self.ffi.cast("const int8_t *", packed),
             "bn": bn,
             "fire": fire,
             "method": method,
             "flush": flush,
             "widen": widen,
+            "span": span,
             "nibbles": int(nibbles),
             "band": self._band(group),
-            "depth": _depth(conv),
+            "depth": _depth(conv, 4 if group.method == "bytes" else 2),
+            "bias": bias,
             "work_input": work_input,
             "work_slab": slab,
             "work_spots": spots,
@@ -991,10 +1051,10 @@ def _blocks(constants: Array) -> Array:
     return padded
 
 
-def _depth(conv: Conv) -> int:
-    """Inputs under a window, rounded up to a pair."""
+def _depth(conv: Conv, together: int) -> int:
+    """Inputs under a window, rounded up to a pair or four."""
     inputs = int(np.prod(conv.weight.shape[1:]))
-    return inputs + inputs % 2
+    return inputs + -inputs % together
 
 
 def _pack_pairs(weight: Array) -> Array:
@@ -1003,6 +1063,23 @@ def _pack_pairs(weight: Array) -> Array:
     padded = np.zeros((-(-len(rows) // _BLOCK) * _BLOCK, rows.shape[1] + rows.shape[1] % 2), np.int16)
     padded[: len(rows), : rows.shape[1]] = rows
     return padded.reshape(-1, _BLOCK, padded.shape[1] // 2, 2).transpose(0, 2, 1, 3)
+
+
+def _pack_bytes(weight: Array, bias: int) -> Array:
+    """At most 64 outputs, (C_out, C_in, kh, kw), to [four][out 64][4], inputs of a window in the order (ky, kx, in),
+    then [out 64], int32: what takes the bias out of an output's sum."""
+    rows = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)
+    padded = np.zeros((_BLOCK, rows.shape[1] + -rows.shape[1] % 4), np.int8)
+    padded[: len(rows), : rows.shape[1]] = rows
+    fours = padded.reshape(_BLOCK, -1, 4).transpose(1, 0, 2).reshape(-1)
+    return np.concatenate([fours, (-bias * padded.sum(axis=1, dtype=np.int32)).view(np.int8)])
+
+
+def _pack_grouped(weight: Array) -> Array:
+    """At most 64 outputs, (C_out, C_in/groups, kh, kw), to [ky][kx][in of a group][out 64]."""
+    padded = np.zeros((_BLOCK, *weight.shape[1:]), np.int16)
+    padded[: len(weight)] = weight
+    return padded.transpose(2, 3, 1, 0)
 
 
 def _four_bits(conv: Conv) -> bool:

@@ -20,7 +20,13 @@ from .network import Conv, IntegerNetwork, Linear
 
 STAGES = ("gather", "sums", "epilogue", "other")
 """Lists of spikes or the input laid out; sums of products; bn, add and LIF; the rest."""
-_WORK = {"events": "byte_adds", "pairs": "pair_products", "tiles": "tile_products"}
+_WORK = {
+    "events": "byte_adds",
+    "pairs": "pair_products",
+    "bytes": "pair_products",
+    "grouped": "pair_products",
+    "tiles": "tile_products",
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def profile(network: IntegerNetwork, pixels: npt.NDArray[np.uint8], *, seconds: 
 
 
 def _work(network: IntegerNetwork, name: str, method: str, spikes: float) -> float:
-    """Byte additions of a sample's spikes, or its dense products; a 16-bit addition takes the place of two of 8."""
+    """Byte additions of a sample's spikes, or its dense products; a 16-bit one takes the place of two of 8."""
     node = network[name]
     assert isinstance(node, Conv | Linear)
     if method.startswith("events"):
@@ -130,7 +136,7 @@ def _work(network: IntegerNetwork, name: str, method: str, spikes: float) -> flo
         return float(spikes * len(node.weight) * window * (1 if "8 bits" in method else 2))
     _, height, width = network.proof.shapes[name]
     steps = 1 if network.proof.static[name] else network.timesteps
-    return float(node.weight.size * height * width * steps)
+    return float(node.weight.size * height * width * steps) / (2 if method == "bytes" else 1)
 
 
 def measure_ceilings(isa: str, weight_bytes: int) -> Ceilings:

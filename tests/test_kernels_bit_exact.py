@@ -401,6 +401,44 @@ def test_sums_that_leave_16_bits(
     check(network, rng.integers(0, 256, (1, 1, 3, 4), np.uint8), name, monkeypatch)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("ins", "outs", "groups", "stride"),
+    [(70, 70, 70, 1), (70, 140, 70, 2), (130, 70, 10, 2), (60, 84, 12, 1), (130, 130, 2, 1), (96, 200, 4, 2)],
+)
+def test_groups(
+    name: str, bits: int, ins: int, outs: int, groups: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of one input (depthwise) to more than a block of 64; of spikes, and of codes, whose sums leave 16 bits."""
+    rng = np.random.default_rng([ins, bits])
+    top = 2 ** (bits - 1) - 1
+    nodes: list[Node] = [_table(2, rng), Conv("stem", "input", rng.integers(-7, 8, (ins, 2, 1, 1)), 4)]
+    nodes += [_affine("bn", "stem", ins)]
+    weight = rng.integers(-top, top + 1, (outs, ins // groups, 3, 2))
+    for read in (_lif("read", "bn", rng), Requantize("read", "bn", 1, 8)):
+        after = [read, Conv("conv", "read", weight, bits, stride, 1, groups), _affine("bn2", "conv", outs, 90, 9)]
+        after += [_lif("lif2", "bn2", rng), Flatten("flat", "lif2")]
+        network = _network([*nodes, *after], InputSpec(2, 5, 4), outs * (25 if stride == 1 else 9))
+        check(network, rng.integers(0, 256, (2, 2, 5, 4), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("code", [-128, 127, 0])
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_products_of_bytes_at_their_bounds(name: str, code: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes all at an end of their range, or 0 (all drawn), and weights too; inputs no multiple of four."""
+    rng = np.random.default_rng([bits, code + 128])
+    top = 2 ** (bits - 1) - 1
+    table = np.full((13, 256), code) if code else rng.integers(-128, 128, (13, 256))
+    weight = rng.choice([-top, top], (70, 1, 1, 1)) * np.ones((70, 13, 3, 3), int)
+    nodes: list[Node] = [InputTable("input", table), Conv("conv", "input", weight, bits, 1, 1)]
+    nodes += [_affine("bn", "conv", 70, 3, 7), _lif("lif", "bn", rng, v_th=0), SumPool("counts", "lif", 2, 2)]
+    nodes += [Conv("conv2", "counts", rng.choice([-127, 127], (66, 1, 2, 2)) * np.ones((66, 70, 2, 2), int), 8)]
+    nodes += [_affine("bn2", "conv2", 66, 3, 9), _lif("lif2", "bn2", rng), SumPool("sum", "lif2", 2, 3)]
+    check(_network(nodes, InputSpec(13, 4, 5), 66), rng.integers(0, 256, (2, 13, 4, 5), np.uint8), name, monkeypatch)
+
+
 def test_the_planted_networks_hold_every_kind_of_node() -> None:
     kinds = {type(node) for seed in range(40) for node in seeded_case(seed)[0].nodes}
     assert {BnAffine, BnDense, Add, MaxPool, SumPool, Linear, Requantize} <= kinds

@@ -1,4 +1,4 @@
-/* events.h: convolution of spikes, driven by the spikes there are; groups = 1, any window.
+/* events.h: convolution of spikes, driven by the spikes there are; any window, groups.
  *
  * Definition: kernels/reference.py:conv2d. This file agrees with it bit for bit (tests/test_kernels_bit_exact.py);
  * where the two differ, this file is wrong. The plain twin is conv.h.
@@ -8,6 +8,8 @@
  * window that the column lies under, and these rows lie together: one entry, three rows of 64 outputs for a 3x3 window,
  * so that a load of an entry, and a branch that the processor guesses wrong, serve three windows.
  *     weights [outs/64][ins/64][rows of the window/3][taps][row of 3][in 64][tap][out 64]
+ * Of groups, a block of outputs has weights of the blocks of inputs that its groups lie in, from `own_first` on; 0 for
+ * those of other groups.
  * With a stride s, taps kx, kx+s, ... share their columns; `taps` counts groups of at most three of these. After the
  * last input comes a row of zeros, with which lists are filled up to a multiple of four entries. A slab of weights
  * (36 KiB for a 3x3 window) is used for all outputs of a band of rows while it is in the L1 cache.
@@ -38,7 +40,8 @@ typedef uint32_t NAME(u32) __attribute__((vector_size(VECTOR_BYTES)));
 
 /* A layer's windows along a row. */
 typedef struct NAME(events) {
-    int steps, blocks, slabs, outs; /* steps; blocks of inputs; slabs of an output; blocks of outputs */
+    int steps, blocks, slabs, outs; /* steps; blocks of inputs; slabs; blocks of outputs */
+    int groups, own;                /* slabs of a block of inputs; slabs that a block of outputs reads */
     int left, across;               /* windows to spare before the first; windows in all */
     int ring;                       /* rows of spikes kept */
     ptrdiff_t spots_row;            /* columns by steps by blocks */
@@ -342,6 +345,14 @@ APART static void NAME(widen)(int16_t *sums, ptrdiff_t count, int first, int32_t
     }
 }
 
+/* The first block of inputs that block o of `outs` outputs reads. */
+static inline int NAME(own_first)(const mdsnn_op *op, const view *in, int o, int outs)
+{
+    int first = o * BLOCK / (outs / op->groups) * (in->channels / op->groups) / BLOCK;
+    int last = (in->channels + BLOCK - 1) / BLOCK - op->span;
+    return first < last ? first : last;
+}
+
 static NAME(events) NAME(events_prepare)(const mdsnn_op *op, const view *in, int outs, int width, int steps,
                                         uint8_t *spots)
 {
@@ -349,7 +360,9 @@ static NAME(events) NAME(events_prepare)(const mdsnn_op *op, const view *in, int
     int last = (in->width - 1 + op->padding) / op->stride; /* the last window that a column lies under */
     e.steps = steps;
     e.blocks = (in->channels + BLOCK - 1) / BLOCK;
-    e.slabs = e.blocks * ((op->kernel_height + ROWS - 1) / ROWS);
+    e.groups = (op->kernel_height + ROWS - 1) / ROWS;
+    e.slabs = e.blocks * e.groups;
+    e.own = op->span * e.groups;
     e.outs = (outs + BLOCK - 1) / BLOCK;
     e.left = (op->kernel_width - 1) / op->stride;
     e.across = e.left + (last < width ? width : last + 1);

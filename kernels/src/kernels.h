@@ -50,6 +50,7 @@
 
 #include "events.h"
 #include "pairs.h"
+#include "grouped.h"
 #include "epilogue.h"
 #include "wide.h"
 #ifdef MDSNN_WITH_TILES

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 16 };
+enum mdsnn_version { MDSNN_CONTRACT = 17 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -39,6 +39,8 @@ enum mdsnn_method {
     MDSNN_EVENTS_8,  /* spikes: rows of weights added in 8 bits, moved to 16 bits every `flush` rows */
     MDSNN_EVENTS_16, /* spikes: rows of weights added in 16 bits */
     MDSNN_PAIRS,     /* codes of 8 bits: products of pairs of inputs, 32 bits */
+    MDSNN_BYTES,     /* codes of 8 bits or counts, weights small beside them: products of bytes, 16 bits, then 32 */
+    MDSNN_GROUPED,   /* groups of codes of 8 bits: products of 16 or 32 bits, all groups of 64 outputs at once */
     MDSNN_TILES      /* spikes or codes of 8 bits: AMX */
 };
 
@@ -124,11 +126,14 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *bn;
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t method;        /* enum mdsnn_method */
-    int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4 */
-    int32_t widen;         /* events: slabs whose sums fit 16 bits together, then they move to 32; 0: all fit */
+    int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4;  bytes: fours that 16 bits can add */
+    int32_t widen;         /* events: slabs whose sums fit 16 bits together, then they move to 32; 0: all fit.
+                            * grouped: 0: all fit */
+    int32_t span;          /* events: blocks of inputs that a block of outputs reads */
     int32_t nibbles;       /* events, tiles: 1: two weights a byte, which are unpacked slab by slab */
     int32_t band;          /* output rows worked on at a time */
-    int32_t depth;         /* pairs: inputs under a window, even */
+    int32_t depth;         /* pairs, bytes: inputs under a window, even, or a multiple of 4 */
+    int32_t bias;          /* bytes: what is added to the inputs, so that none is negative */
     int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch */
     int64_t work_slab;     /* events: a slab of weights, unpacked;  tiles: two blocks of them */
     int64_t work_spots;    /* where the spikes of a few rows of the input are */

@@ -6,6 +6,10 @@
  * The inputs under the windows of one output row are laid side by side as 16-bit codes, 0 where there is padding, and
  * then each pair of inputs is multiplied by its pair of weights, whose sum fits 32 bits:
  *     weights [outs/64][pair][out 64][2] int16      pairs in the order (ky, kx, in), an odd number of inputs padded with 0
+ *
+ * Where weights are small (or inputs: counts), products of bytes fit 16 bits, `flush` times four of them even added up.
+ * Then inputs are bytes from 0 on, a bias added, and the sums begin with what takes it out again.
+ *     weights [outs/64]: [four][out 64][4] int8, then [out 64] int32, -bias times the sum of an output's weights
  */
 
 #if VECTOR_BYTES == 64
@@ -94,6 +98,95 @@ APART static void NAME(pairs_row)(const int16_t *columns, int rows, int depth, c
             NAME(pairs_few)(columns + (ptrdiff_t)r * depth, 1, depth, weights + 2 * c, sums + (ptrdiff_t)r * BLOCK + c);
     }
 }
+
+#if defined(__AVX2__)
+/* The inputs of output row y, plus the bias: columns [x][t][depth]. */
+APART static void NAME(bytes_columns)(const mdsnn_op *op, const view *in, int steps, int y, int width, uint8_t *columns)
+{
+    const uint8_t bias = (uint8_t)op->bias;
+    for (int x = 0; x < width; x++)
+        for (int t = 0; t < steps; t++, columns += op->depth) {
+            uint8_t *to = columns;
+            for (int ky = 0; ky < op->kernel_height; ky++)
+                for (int kx = 0; kx < op->kernel_width; kx++, to += in->channels) {
+                    int64_t from_y = (int64_t)y * op->stride + ky - op->padding;
+                    int64_t from_x = (int64_t)x * op->stride + kx - op->padding;
+                    if (from_y < 0 || from_y >= in->height || from_x < 0 || from_x >= in->width) {
+                        memset(to, bias, (size_t)in->channels);
+                        continue;
+                    }
+                    const uint8_t *from = in->at + from_y * in->row + from_x * in->pixel + t * in->step;
+                    const int channels = in->channels;
+                    for (int c = 0; c < channels; c++)
+                        to[c] = (uint8_t)(from[c] + bias);
+                }
+            memset(to, 0, (size_t)(columns + op->depth - to));
+        }
+}
+
+static inline NAME(v16) NAME(multiply_bytes)(NAME(v32) inputs, NAME(v32) weights)
+{
+#if defined(__AVX512BW__)
+    return (NAME(v16))_mm512_maddubs_epi16((__m512i)inputs, (__m512i)weights);
+#else
+    return (NAME(v16))_mm256_maddubs_epi16((__m256i)inputs, (__m256i)weights);
+#endif
+}
+
+/* As pairs_few, by products of bytes; start: what the sums begin with. */
+static inline __attribute__((always_inline)) void NAME(bytes_few)(const uint8_t *columns, int few, int depth, int flush,
+                                                                  const int8_t *weights, const int8_t *start,
+                                                                  int32_t *sums)
+{
+    NAME(v32) sum[TOGETHER][4];
+    for (int r = 0; r < few; r++)
+        for (int v = 0; v < 4; v++)
+            memcpy(&sum[r][v], start + v * VECTOR_BYTES, sizeof sum[r][v]);
+    for (int from = 0; from < depth; from += 4 * flush) {
+        int end = depth - from < 4 * flush ? depth : from + 4 * flush;
+        NAME(v16) part[TOGETHER][4];
+        for (int r = 0; r < few; r++)
+            for (int v = 0; v < 4; v++)
+                part[r][v] = (NAME(v16)){0};
+        for (int i = from; i < end; i += 4, weights += 4 * BLOCK) {
+            NAME(v32) w[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++)
+                memcpy(&w[v], weights + v * VECTOR_BYTES, sizeof w[v]);
+#pragma GCC unroll 4
+            for (int r = 0; r < few; r++) {
+                int32_t four;
+                memcpy(&four, columns + (ptrdiff_t)r * depth + i, sizeof four);
+                NAME(v32) all = (NAME(v32)){0} + four;
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; v++)
+                    part[r][v] += NAME(multiply_bytes)(all, w[v]);
+            }
+        }
+        for (int r = 0; r < few; r++)
+            for (int v = 0; v < 4; v++)
+                sum[r][v] += NAME(multiply_pairs)(part[r][v], (NAME(v16)){0} + 1);
+    }
+    for (int r = 0; r < few; r++)
+        for (int v = 0; v < 4; v++)
+            memcpy(sums + r * BLOCK + v * (VECTOR_BYTES / 4), &sum[r][v], sizeof sum[r][v]);
+}
+
+APART static void NAME(bytes_row)(const uint8_t *columns, int rows, int depth, int flush, const int8_t *weights,
+                                  int32_t *sums)
+{
+    const int8_t *start = weights + (ptrdiff_t)depth * BLOCK;
+    for (int c = 0; c < BLOCK; c += GROUP) {
+        int r = 0;
+        for (; r + TOGETHER <= rows; r += TOGETHER)
+            NAME(bytes_few)(columns + (ptrdiff_t)r * depth, TOGETHER, depth, flush, weights + 4 * c, start + 4 * c,
+                            sums + (ptrdiff_t)r * BLOCK + c);
+        for (; r < rows; r++)
+            NAME(bytes_few)(columns + (ptrdiff_t)r * depth, 1, depth, flush, weights + 4 * c, start + 4 * c,
+                            sums + (ptrdiff_t)r * BLOCK + c);
+    }
+}
+#endif
 
 #undef TOGETHER
 #undef GROUP

@@ -243,7 +243,7 @@ static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(c
 /* Adds the spikes of all pixels so far to the counts. */
 static void NAME(count_fired)(NAME(follow) *e)
 {
-    int channels = e->spikes.channels - e->first;
+    int channels = e->counts ? e->spikes.channels - e->first : PAIR;
     __mmask32 there = channels < PAIR ? (1u << channels) - 1 : UINT32_MAX; /* the others may fire, too */
     for (int t = 0; e->counts && t < e->steps; t++) {
         __m256i sums = _mm256_sad_epu8(_mm256_maskz_mov_epi8(there, e->fired[t]), _mm256_setzero_si256());
