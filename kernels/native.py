@@ -59,6 +59,7 @@ _CONTRACT = 17  # MDSNN_CONTRACT of src/mdsnn.h
 _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with many steps
 _ALIGN = 64
 _PARTS = 64  # most threads that share a sample
+_SHARED = 10**8  # dense products of a sample from which on threads share it: 0.2 ms and more
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
 _LINE = 1 << 18  # entries of a channel's dense table beyond which it is not looked at
 _MULTIPLIER = 2**15 - 1  # largest of a bn that takes the place of a dense table
@@ -1238,6 +1239,17 @@ def strain(isa_level: str, work: str, size: int, rounds: int) -> int:
     return int(module.lib.mdsnn_strain(ISA_LEVELS.index(isa_level), kind, start, size, rounds))
 
 
+def _products(network: IntegerNetwork) -> int:
+    """Dense products of one sample."""
+    total = 0
+    for node in network.nodes:
+        if isinstance(node, Conv | Linear):
+            _, height, width = network.proof.shapes[node.name]
+            steps = 1 if network.proof.static[node.name] else network.timesteps
+            total += node.weight.size * height * width * steps
+    return total
+
+
 class _Room:
     """What a call writes to, and the call that points to it: scratch, one sample's state, the work of its parts."""
 
@@ -1271,9 +1283,9 @@ class NativeBackend:
         self._spikes_out = {lif.name: rows[lif.name] for lif in network.lifs}
         readers = (node for node in network.nodes if isinstance(node, Conv | Linear | Readout))
         self._spikes_in = {node.name: rows[node.source] for node in readers}
-        # a product of tiles is one thread's: where there are some, calling others costs more than they take over
+        # products of tiles are one thread's, and so are small samples: to call others costs more than they take over
         methods = {METHODS[self._plan.struct.ops[at].method] for at in range(len(self._plan.steps))}
-        self._parts = 1 if "tiles" in methods else _PARTS
+        self._parts = 1 if "tiles" in methods or _products(network) < _SHARED else _PARTS
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[_Room] = deque(maxlen=64)
         self._classes = network.classes

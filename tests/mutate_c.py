@@ -282,6 +282,7 @@ def replay(case: Case, watched: Any) -> None:
     network, pixels, engine = case.engine.network, case.pixels, case.engine
     _compare(engine.run(pixels, trace=True), case.run)
     engine._backend._scratch.clear()
+    engine._backend._parts = 3
     _compare(engine._backend.run(pixels, trace=True, threads=3), case.run)
     engine._backend._scratch.clear()
     _compare(case.apart.run(pixels), case.run, trace=False)

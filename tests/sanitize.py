@@ -64,6 +64,7 @@ def replay(path: str, networks: int, thread: bool) -> None:
             network, pixels = seeded_case(seed, **wide)
             want = Engine(network, "reference", 1).run(pixels, trace=True).trace
             engine = Engine(network, "native", 1)
+            engine._backend._parts = 3  # a small sample is one thread's otherwise
             if thread:
                 with ThreadPoolExecutor(8) as pool:
                     alone = [pool.submit(engine.run, pixels, trace=True) for _ in range(8)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdsnn.export import artifact
@@ -150,6 +150,7 @@ def test_a_call_that_is_kept_points_to_nothing_of_another_kind_of_call() -> None
     want = backend.run(pixels, False)
     backend.run(pixels, True)
     backend.timed(pixels)
+    backend._parts = 3
     backend.run(pixels, False, 3)
     backend.start(pixels.shape[-4]).step(pixels if pixels.ndim == 4 else pixels[0])
     null = backend._plan.ffi.NULL
@@ -226,6 +227,7 @@ def _same_table(table: np.ndarray, lo: np.ndarray, hi: np.ndarray, grid: Grid) -
     return True
 
 
+@settings(deadline=None)
 @given(
     data=st.lists(
         st.tuples(st.floats(-4, 4), st.floats(-9, 9), st.integers(0, 400), st.integers(0, 400)), min_size=1, max_size=9
@@ -254,6 +256,7 @@ def test_another_dense_table_stays_one() -> None:
     assert not _same_table(np.concatenate([line, np.sort(line**3 // 500)]), lo, hi, grid)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 127), st.integers(1, 193), st.integers(0, 2**32))
 def test_as_many_entries_fit_8_bits_as_the_largest_codes_allow(top: int, entries: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
