@@ -440,7 +440,8 @@ def _cells(reach: _Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None
 
 def _different(ascending: Array) -> Array:
     """Each value once (np.unique would import numpy.ma, which takes as long as a plan)."""
-    return ascending[np.append(np.diff(ascending) != 0, np.ones(min(len(ascending), 1), bool))]
+    different: Array = ascending[np.append(np.diff(ascending) != 0, np.ones(min(len(ascending), 1), bool))]
+    return different
 
 
 def _patterns(lif: Lif, x: Array, steps: int) -> Array:

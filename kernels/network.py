@@ -9,7 +9,6 @@ the mathematics.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -97,12 +96,7 @@ class Node:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the nodes this one reads, in order."""
-        return tuple(getattr(self, name) for name in _sources(type(self)))
-
-
-@functools.cache
-def _sources(kind: type[Node]) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind) if f.name in ("source", "other"))
+        return tuple(getattr(self, name) for name in _SOURCES.get(type(self), ()))
 
 
 @dataclass(frozen=True)
@@ -254,6 +248,7 @@ NODE_TYPES: Mapping[str, type[Node]] = MappingProxyType(
         )
     }
 )
+_SOURCES = {kind: tuple(f.name for f in fields(kind) if f.name in ("source", "other")) for kind in NODE_TYPES.values()}
 
 
 @dataclass(frozen=True)
