@@ -274,8 +274,8 @@ static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int 
 APART static void NAME(follow_plain)(const NAME(follow) *e, const int32_t *sums, int y, int x, int pixels)
 {
     for (ptrdiff_t row = 0; row < (ptrdiff_t)pixels * e->steps; row++)
-        for (int c = 0; c < PAIR; c++)
-            e->rows[row * BLOCK + c] = sums[row * PAIR + (c & 4 ? TILE : 0) + c / 8 * 4 + c % 4];
+        for (int c = 0; c < PAIR; c += 4)
+            memcpy(e->rows + row * BLOCK + c, sums + row * PAIR + (c & 4 ? TILE : 0) + c / 8 * 4, 4 * sizeof *sums);
     NAME(epilogue)(e->f, e->op, e->k, e->rows, 1, e->room, y, x, pixels, e->first, PAIR);
 }
 
