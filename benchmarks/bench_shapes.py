@@ -1,6 +1,6 @@
 """Is any shape of network slow for its size? Time per dense-equivalent multiply-add, at every instruction set.
 
-    python benchmarks/bench_shapes.py --json benchmarks/results/shapes.json
+    python benchmarks/bench_shapes.py --levels avx2,amx --json benchmarks/results/shapes.json
 
 Every network has random weights and is calibrated so that its LIF layers fire at one density (networks.py). Its
 integers are compared with another executor's before it is timed: the NumPy reference's trace, or Numba's logits where
@@ -190,7 +190,7 @@ def ratios(cases: list[dict[str, Any]]) -> None:
 @click.option("--levels", help="Instruction sets, separated by commas; default: all that this machine has.")
 @click.option("--only", default="", help="Only shapes whose name holds this text.")
 @click.option("--repeats", type=click.IntRange(2), default=20, show_default=True)
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="Longest time for one shape and level.")
+@click.option("--seconds", type=float, default=0.4, show_default=True, help="Longest time for one shape and level.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--quick", is_flag=True, help="Two tiny networks: no figures.")
 @click.option("--json", "json_file", help="Write the figures there too.")
