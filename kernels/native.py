@@ -267,6 +267,11 @@ def _groups(network: IntegerNetwork, isa_level: str, chunk: int) -> list[_Group]
     return list(groups.values())
 
 
+def _read_stride(reader: Node) -> int:
+    """Every so many rows and columns of what a node reads are all that it reads."""
+    return reader.stride if isinstance(reader, Conv) and reader.weight.shape[2:] == (1, 1) and not reader.padding else 1
+
+
 def _as_conv(linear: Linear) -> Conv:
     return Conv(linear.name, linear.source, linear.weight[:, :, None, None], linear.bits)
 
@@ -777,7 +782,9 @@ class _Plan:
             case Add():
                 op.update(kind=self.lib.MDSNN_ADD)
             case Requantize():
+                strides = {_read_stride(reader) for reader in self.network.nodes if node.name in reader.inputs}
                 op.update(kind=self.lib.MDSNN_REQUANTIZE, bits_shift=node.shift, top=delta(node.bits))
+                op.update(stride=strides.pop() if len(strides) == 1 else 1)
             case Lif():
                 op.update(kind=self.lib.MDSNN_LIF, **self._lif(node))
             case MaxPool():

@@ -400,6 +400,7 @@ static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREA
 /* A LIF whose input is the same at every step, from a fresh start: its spikes are a function of that input. */
 static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const view *in, const view *out)
 {
+    int64_t counts[MDSNN_STEPS] = {0};
     for (int y = first_of(f, out->height), end = end_of(f, out->height); y < end; y++)
         for (int x = 0; x < out->width; x++) {
             const STREAM *from = (const STREAM *)in->at + y * in->row + x * in->pixel;
@@ -416,8 +417,9 @@ static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const vie
                 __m512i pattern = _mm512_inserti32x4(_mm512_castsi128_si512(quarter[0]), quarter[1], 1);
                 pattern = _mm512_inserti32x4(_mm512_inserti32x4(pattern, quarter[2], 2), quarter[3], 3);
                 for (int t = 0; t < f->steps; t++) {
-                    __m512i bit = _mm512_srl_epi16(pattern, _mm_cvtsi32_si128(t));
-                    _mm512_storeu_si512(to + t * out->step + c, _mm512_and_si512(bit, _mm512_set1_epi8(1)));
+                    __mmask64 fired = _mm512_test_epi8_mask(pattern, _mm512_set1_epi8((char)(1 << t)));
+                    _mm512_storeu_si512(to + t * out->step + c, _mm512_maskz_set1_epi8(fired, 1));
+                    counts[t] += _mm_popcnt_u64(fired);
                 }
             }
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
@@ -444,10 +446,14 @@ static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const vie
                 for (int i = 0; i < 16 && c + i < out->channels; i++)
                     pattern[i] = op->pattern[from[c + i] - op->pattern_first];
                 for (int t = 0; t < f->steps; t++)
-                    for (int i = 0; i < 16; i++)
+                    for (int i = 0; i < 16; i++) {
                         to[t * out->step + c + i] = (uint8_t)(pattern[i] >> t & 1);
+                        counts[t] += pattern[i] >> t & 1;
+                    }
             }
         }
+    if (NAME(counts_itself)(f, op))
+        NAME(add_counts)(f, op->out, counts);
 }
 
 static void STREAM_NAME(lif)(const frame *f, const mdsnn_op *op)

@@ -83,7 +83,7 @@ typedef struct mdsnn_op {
     int32_t kind;          /* enum mdsnn_kind */
     int32_t source, other, out;
     int32_t fixed;         /* 1: everything it reads is fixed, so it runs once a sample */
-    /* conv and pools: the window */
+    /* conv and pools: the window;  requantize: codes of every stride-th row and column are read */
     int32_t kernel_height, kernel_width, stride, padding, groups;
     const int8_t *weight;  /* conv [group][ky][kx][in][out]; readout [class][in]; input table [channel][256] */
     /* bn: affine y = clamp((multiplier*acc + offset) >> shift), dense y = table[start[c] + acc]; one entry a channel */

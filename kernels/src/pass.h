@@ -113,8 +113,8 @@ void NAME(mdsnn_pass)(const frame *f)
         int64_t at = ticks_start(f);
         if (f->fresh || !op->fixed)
             NAME(run_op)(f, op);
-        if (op->kind == MDSNN_FUSED ? op->fire && op->method != MDSNN_TILES : op->out >= 0)
-            NAME(count_out)(f, op->kind == MDSNN_FUSED ? op->fire : op); /* tiles count as they fire */
+        if ((op->kind == MDSNN_FUSED ? op->fire != 0 : op->out >= 0) && !NAME(counts_itself)(f, op))
+            NAME(count_out)(f, op->kind == MDSNN_FUSED ? op->fire : op);
         ticks_count(f, op, MDSNN_WHOLE, at);
     }
 #ifdef MDSNN_WITH_TILES

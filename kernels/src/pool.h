@@ -144,6 +144,29 @@ static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t
     return there;
 }
 
+/* Whether a kernel counts its result while it has it at hand: spikes of tiles, a few with AVX-512 (lif.h, residual.h). */
+static int NAME(counts_itself)(const frame *f, const mdsnn_op *op)
+{
+#if defined(__AVX512BW__)
+    int narrow = f->plan->stream_type == MDSNN_I16;
+    if (op->kind == MDSNN_REQUANTIZE && narrow)
+        return !op->fixed;
+    if (op->kind == MDSNN_LIF && narrow)
+        return op->pattern && f->fresh && !f->keep && !f->call->trace_h;
+#endif
+    (void)f;
+    return op->kind == MDSNN_FUSED && op->method == MDSNN_TILES;
+}
+
+/* Adds the counts of each step of a value that changes from step to step. Parts may do so at once. */
+static inline void NAME(add_counts)(const frame *f, int index, const int64_t *counts)
+{
+    int counter = f->plan->values[index].counter;
+    for (int t = 0; counter >= 0 && t < f->steps; t++)
+        __atomic_fetch_add(&f->call->counts[(ptrdiff_t)counter * f->call->steps + f->first_step + t], counts[t],
+                           __ATOMIC_RELAXED);
+}
+
 /* Adds the count of each step, of this part's rows, to `counts`; a fixed value has one. Parts may count at once. */
 static void NAME(count)(const frame *f, int index, int64_t *counts)
 {

@@ -2,6 +2,8 @@
  *
  *   add          out = a + b, exact        requantize   clip((x + 2**(shift-1)) >> shift, -top, top)
  *
+ * Of codes, only those of every stride-th row and column are read; where AVX-512 is, the others are counted, not stored.
+ *
  * Definition: kernels/reference.py:residual_add, requantize. This file agrees with it bit for bit
  * (tests/test_kernels_bit_exact.py); where the two differ, this file is wrong.
  */
@@ -21,28 +23,63 @@ static void STREAM_NAME(add)(const frame *f, const mdsnn_op *op)
             }
 }
 
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+/* Codes of 16 bits that change from step to step; those that are not 0 are counted. */
+static void NAME(requantize_counted)(const frame *f, const mdsnn_op *op)
+{
+    view in = view_of(f, op->source), out = view_of(f, op->out);
+    const __m512i half = _mm512_set1_epi16((short)(1 << (op->bits_shift - 1))), above = _mm512_add_epi16(half, half);
+    const __m512i one = _mm512_set1_epi16(1), top = _mm512_set1_epi16((short)op->top);
+    const __m512i bottom = _mm512_set1_epi16((short)-op->top);
+    const __m128i shift = _mm_cvtsi32_si128(op->bits_shift - 1);
+    int64_t counts[MDSNN_STEPS] = {0};
+    const int stride = op->stride;
+    for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
+        for (int x = 0, next = y % stride ? out.width : 0; x < out.width; x++) {
+            const int read = x == next;
+            next += read ? stride : 0;
+            for (int t = 0; t < f->steps; t++) {
+                const int16_t *from = (const int16_t *)in.at + y * in.row + x * in.pixel + t * in.step;
+                int8_t *to = (int8_t *)out.at + y * out.row + x * out.pixel + t * out.step;
+                int64_t there = 0;
+                for (int c = 0; c < out.channels; c += 32) {
+                    __mmask32 here = out.channels - c < 32 ? (1u << (out.channels - c)) - 1 : UINT32_MAX;
+                    __m512i v = _mm512_maskz_loadu_epi16(here, from + c);
+                    /* 0 is the code from -half up to half */
+                    there += _mm_popcnt_u32(_mm512_mask_cmpge_epu16_mask(here, _mm512_add_epi16(v, half), above));
+                    if (!read)
+                        continue;
+                    v = _mm512_sra_epi16(v, shift); /* half of what the shift before the last leaves, rounded */
+                    v = _mm512_srai_epi16(_mm512_adds_epi16(v, one), 1);
+                    v = _mm512_min_epi16(_mm512_max_epi16(v, bottom), top);
+                    _mm512_mask_cvtepi16_storeu_epi8(to + c, here, v);
+                }
+                counts[t] += there;
+            }
+        }
+    NAME(add_counts)(f, op->out, counts);
+}
+#endif
+
 static void STREAM_NAME(requantize)(const frame *f, const mdsnn_op *op)
 {
     view in = view_of(f, op->source), out = view_of(f, op->out);
     int steps = steps_of(f, op), channels = out.channels, shift = op->bits_shift;
     int32_t half = 1 << (shift - 1), top = op->top;
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+    if (NAME(counts_itself)(f, op)) {
+        NAME(requantize_counted)(f, op);
+        return;
+    }
+#endif
     for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
         for (int x = 0; x < out.width; x++)
             for (int t = 0; t < steps; t++) {
                 const STREAM *from = (const STREAM *)in.at + y * in.row + x * in.pixel + t * in.step;
                 int8_t *to = (int8_t *)out.at + y * out.row + x * out.pixel + t * out.step;
                 int c = 0;
-#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-                for (; c < channels; c += 32) { /* half of what the shift before the last leaves, rounded */
-                    __mmask32 here = channels - c < 32 ? (1u << (channels - c)) - 1 : UINT32_MAX;
-                    __m512i v = _mm512_sra_epi16(_mm512_maskz_loadu_epi16(here, from + c), _mm_cvtsi32_si128(shift - 1));
-                    v = _mm512_srai_epi16(_mm512_adds_epi16(v, _mm512_set1_epi16(1)), 1);
-                    v = _mm512_max_epi16(v, _mm512_set1_epi16((short)-top));
-                    v = _mm512_min_epi16(v, _mm512_set1_epi16((short)top));
-                    _mm512_mask_cvtepi16_storeu_epi8(to + c, here, v);
-                }
-#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
-                for (; c + 32 <= channels; c += 32) { /* the same */
+#if defined(STREAM_IS_NARROW) && defined(__AVX2__) && !defined(__AVX512BW__)
+                for (; c + 32 <= channels; c += 32) { /* half of what the shift before the last leaves, rounded */
                     __m256i v[2];
                     for (int i = 0; i < 2; i++) {
                         v[i] = _mm256_loadu_si256((const __m256i *)(from + c + 16 * i));
