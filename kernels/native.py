@@ -191,6 +191,7 @@ class _Value:
     offset: int = 0
     border: int = 0  # pixels of 0 around it
     spare: int = 0  # elements behind it that may be read
+    over: _Value | None = None  # what its operation reads last, element by element: it may lie in its place
 
     def size(self, chunk: int) -> int:
         """Bytes, for at most `chunk` steps."""
@@ -561,6 +562,8 @@ class _Plan:
             if isinstance(step, _Group):
                 if step.stream:
                     self._value(network[step.result], place)
+                    if step.other:
+                        self.values[-1].over = self.values[self.index[step.other]]
                 if step.fire is not None:
                     self._value(step.fire, place)
                 reads = [step.conv.source, *([step.other] if step.other else [])]
@@ -665,6 +668,12 @@ class _Plan:
                 value.offset = self._state(size)
                 continue
             alive = [entry for entry in alive if entry[2] >= value.first]
+            over = value.over if isinstance(value, _Value) else None
+            if over and over.last == value.first and not over.keep and over.fixed == value.fixed:
+                value.offset = over.offset
+                alive = [entry for entry in alive if entry[0] != over.offset]
+                alive.append((over.offset, over.offset + size, value.last))
+                continue
             at = 0
             for offset, end, _ in sorted(alive):
                 if offset - at >= size:
