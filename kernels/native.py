@@ -1109,7 +1109,7 @@ def _pack_tiles(weight: Array, nibbles: bool) -> Array:
     """(C_out, C_in, kh, kw) to [outs/32][ins/64][ky][kx][half][ins/4 16][out 16][in 4], zeros as padding.
 
     Of 32 outputs the first half holds those of even number when counted in fours (see src/tiles.h). Weights of four
-    bits lie two a byte, the second half's in the upper four bits: no axis of halves then.
+    bits lie two a byte, 16 times the second half's and the first half's: no axis of halves then.
     """
     c_out, c_in, kh, kw = weight.shape
     padded = np.zeros((-(-c_out // _PAIR) * _PAIR, _up(c_in), kh, kw), np.int8)
@@ -1117,7 +1117,7 @@ def _pack_tiles(weight: Array, nibbles: bool) -> Array:
     split = padded.reshape(-1, 4, 2, 4, -(-c_in // _BLOCK), 16, 4, kh, kw)  # out/32, fours/2, half, out of four, ...
     packed: Array = split.transpose(0, 4, 7, 8, 2, 5, 1, 3, 6)
     if nibbles:
-        packed = packed[:, :, :, :, 0] & 15 | packed[:, :, :, :, 1] << 4
+        packed = packed[:, :, :, :, 0] + 16 * packed[:, :, :, :, 1]
     return packed
 
 

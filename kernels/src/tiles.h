@@ -27,8 +27,6 @@
 
 #define TILE 16
 #define PAIR 32
-#define RING 16 /* taps of 64 inputs by 16 outputs */
-#define LAG 8   /* of them that are unpacked before they are needed */
 
 typedef struct NAME(tiles) {
     const uint8_t *input;
@@ -37,7 +35,6 @@ typedef struct NAME(tiles) {
     ptrdiff_t row;     /* of a row of them */
     ptrdiff_t class;   /* of a residue class of a row */
     ptrdiff_t column;  /* of a pixel: its steps */
-    ptrdiff_t weights; /* of 32 outputs */
     int chunks, steps;
     int tall, pixels;  /* a group: so many tiles, so many pixels */
     int across;        /* groups of a row */
@@ -74,7 +71,6 @@ APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in,
     g.pixels = TILE / common;
     g.across = (out->width + g.pixels - 1) / g.pixels;
     g.chunks = (in->channels + BLOCK - 1) / BLOCK;
-    g.weights = (ptrdiff_t)op->kernel_height * op->kernel_width * g.chunks * BLOCK * PAIR;
     g.class = 0;
     if (in->border) {
         g.input = in->at - in->border * (in->row + in->pixel);
@@ -135,6 +131,7 @@ typedef struct NAME(follow) {
     view other, out, spikes; /* each begins at channel `first` */
     int steps, first;
     int plain;     /* 1: a case for epilogue.h */
+    int mixed;     /* 1: the second half of the sums is 16 times itself and the first half */
     int16_t *room; /* its rows after bn */
     int32_t *rows; /* its sums, in order, 64 to a step */
     int64_t *counts; /* spikes of each step, or null */
@@ -181,6 +178,8 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
         const NAME(slot) *slot = at->slot + j;
         __m512i low = _mm512_loadu_si512(slot->sums + t * PAIR);
         __m512i high = _mm512_loadu_si512(slot->sums + t * PAIR + TILE);
+        if (e->mixed) /* 16 times the weights of these outputs and those of the others were one byte */
+            high = _mm512_srai_epi32(_mm512_sub_epi32(high, low), 4);
         if (narrow) { /* multipliers are pairs of 16 bits, the second one 0 */
             low = _mm512_dpwssd_epi32(c->offset_0, low, c->multiplier_0);
             high = _mm512_dpwssd_epi32(c->offset_1, high, c->multiplier_1);
@@ -348,47 +347,30 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
 
 /* ------------------------------------------------------------------------------------------------ products */
 
-/* Weights of 32 outputs on their way to where the tiles read them. */
+/* Packed weights of 32 outputs on their way to where the tiles read them. */
 typedef struct NAME(stream) {
     const int8_t *from;
-    int8_t *to; /* packed weights only */
-    int left;   /* taps of 64 inputs; a ring: by 16 outputs */
-    int half, at, taps; /* a ring: where `from` is, in taps of which a half has so many */
-    int slot, read;     /* a ring: the next slots to write and to read, LAG apart until nothing is left to write */
+    int8_t *to;
+    int left; /* taps of 64 inputs */
 } NAME(stream);
 
-/* Unpacks the weights of one tap of 64 inputs. Each nibble keeps its sign: a product of bit matrices copies its top bit. */
-static inline void NAME(unpack_tap)(NAME(stream) *next)
+/* Unpacks the weights of one tap of 64 inputs: both halves, or only the first. A product of bit matrices takes a nibble
+ * with its sign, which is its top bit. */
+static inline void NAME(unpack_tap)(NAME(stream) *next, int halves)
 {
     const __m512i low = _mm512_set1_epi64(0x0102040808080808), high = _mm512_set1_epi64(0x1020408080808080);
     for (int line = 0; line < TILE; line++) {
-        __m512i both = _mm512_loadu_si512(next->from);
-        _mm512_storeu_si512(next->to, _mm512_gf2p8affine_epi64_epi8(both, low, 0));
-        _mm512_storeu_si512(next->to + TILE * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, high, 0));
-        next->from += BLOCK;
-        next->to += BLOCK;
-    }
-    next->to += TILE * BLOCK;
-    next->left--;
-}
-
-/* Unpacks the weights of one tap of 64 inputs by 16 outputs into the ring. */
-static inline void NAME(unpack_half)(NAME(stream) *next)
-{
-    const __m512i sign = _mm512_set1_epi64(next->half ? 0x1020408080808080 : 0x0102040808080808);
-    int8_t *to = next->to + next->slot * (TILE * BLOCK);
-    for (int line = 0; line < TILE; line++) {
         __m512i both = _mm512_loadu_si512(next->from + line * BLOCK);
-        _mm512_storeu_si512(to + line * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, sign, 0));
+        __m512i first = _mm512_gf2p8affine_epi64_epi8(both, low, 0);
+        _mm512_storeu_si512(next->to + line * BLOCK, first);
+        if (halves == 2) {
+            both = _mm512_sub_epi8(both, first);
+            _mm512_storeu_si512(next->to + (TILE + line) * BLOCK, _mm512_gf2p8affine_epi64_epi8(both, high, 0));
+        }
     }
-    next->slot = (next->slot + 1) % RING;
     next->from += TILE * BLOCK;
+    next->to += halves * TILE * BLOCK;
     next->left--;
-    if (++next->at == next->taps) {
-        next->from -= next->half ? 0 : (ptrdiff_t)next->taps * TILE * BLOCK;
-        next->half = !next->half;
-        next->at = 0;
-    }
 }
 
 /* Two groups of outputs by 32 channels, or four, and what goes on between their products. */
@@ -397,7 +379,8 @@ typedef struct NAME(job) {
     const NAME(tiles) *g;
     int many; /* groups: 2 or 4 */
     const uint8_t *from[4];
-    const int8_t *weights;
+    const int8_t *half[2];    /* weights of the first tap for 16 outputs, and for the others */
+    ptrdiff_t tap;            /* from one tap's to the next */
     const ptrdiff_t *taps;    /* where the inputs of a tap lie, from those of the first one */
     int first, end;           /* taps of the window that meet the image */
     int32_t *sums[4];         /* of the groups */
@@ -418,14 +401,13 @@ typedef struct NAME(job) {
         _tile_zero(tile);                                                                                              \
     }
 
-/* The products of one tap; `change`: the first of their tiles. */
-static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int four, int change)
+/* The products of one tap, for half `half` of the outputs if there are four groups; `change`: the first of their tiles. */
+static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int four, int half,
+                                                                int change)
 {
-    const ptrdiff_t line = job->g->line, at = job->taps[tap];
+    const ptrdiff_t line = job->g->line, at = job->taps[tap], weights = tap * job->tap;
     if (four) {
-        NAME(stream) *next = job->next;
-        LOAD(4, next->to + next->read * (TILE * BLOCK), BLOCK);
-        next->read = (next->read + 1) % RING;
+        LOAD(4, job->half[half] + weights, BLOCK);
         LOAD(5, job->from[0] + at, line);
         CHANGE(0)
         _tile_dpbssd(0, 5, 4);
@@ -439,12 +421,11 @@ static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) 
         CHANGE(3)
         _tile_dpbssd(3, 5, 4);
     } else {
-        const int8_t *w = job->weights + (ptrdiff_t)tap * (PAIR * BLOCK);
-        LOAD(4, w, BLOCK);
+        LOAD(4, job->half[0] + weights, BLOCK);
         LOAD(6, job->from[0] + at, line);
         CHANGE(0)
         _tile_dpbssd(0, 6, 4);
-        LOAD(5, w + TILE * BLOCK, BLOCK);
+        LOAD(5, job->half[1] + weights, BLOCK);
         CHANGE(1)
         _tile_dpbssd(1, 6, 5);
         LOAD(7, job->from[1] + at, line);
@@ -495,10 +476,10 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     for (int left = many;;) {
         if (left) {
             if (tap == job->first) {
-                NAME(product)(job, tap, four, 1);
+                NAME(product)(job, tap, four, tile, 1);
                 NAME(hold)(job, four, tile++);
             } else
-                NAME(product)(job, tap, four, 0);
+                NAME(product)(job, tap, four, tile - 1, 0);
             if (++tap == end) { /* of the window; on to the next 64 inputs */
                 tap += window - inside;
                 end += window;
@@ -514,9 +495,9 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
             if (unpacks_due >= many && job->next->left) {
                 unpacks_due -= many;
                 if (four)
-                    NAME(unpack_half)(job->next);
+                    NAME(unpack_tap)(job->next, 1);
                 else
-                    NAME(unpack_tap)(job->next);
+                    NAME(unpack_tap)(job->next, 2);
             }
             parts_due += parts;
             if (parts_due < many)
@@ -590,17 +571,14 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
     int taps = g.chunks * window, turn = 0;
-    int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way; or a ring */
-    NAME(stream) next = {.from = op->weight, .to = unpacked, .left = taps, .taps = taps};
-    int groups = g.across * to.height, four = op->nibbles && groups > 2 && groups <= 4 && g.tall == 1 &&
-                                              4 * g.pixels <= NAME(slots) && taps >= RING;
-    int rounds = four ? 1 : pairs;
-    if (four)
-        for (next.left = (to.channels + PAIR - 1) / PAIR * 2 * taps; next.slot < LAG;)
-            NAME(unpack_half)(&next);
-    else if (op->nibbles)
-        while (next.left)
-            NAME(unpack_tap)(&next);
+    int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way */
+    NAME(stream) next = {.from = op->weight, .to = unpacked, .left = op->nibbles ? taps : 0};
+    int groups = g.across * to.height, four = op->nibbles && !follow[0].plain && groups > 2 && groups <= 4 &&
+                                              g.tall == 1 && 4 * g.pixels <= NAME(slots);
+    int rounds = four ? 1 : pairs, halves = four ? 1 : 2;
+    follow[0].mixed = follow[1].mixed = four;
+    while (next.left)
+        NAME(unpack_tap)(&next, halves);
     NAME(job) job = {.op = op, .g = &g, .taps = offsets, .next = &next, .many = four ? 4 : 2};
     for (int j = 0; j < 4; j++)
         job.held[j] = sums; /* nothing yet */
@@ -611,11 +589,11 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             memset(follow[n].fired, 0, sizeof follow[n].fired);
         }
         NAME(follow_channels)(&follow[n], c);
-        job.weights = op->nibbles ? unpacked + n * g.weights : op->weight + c / PAIR * g.weights;
-        if (!four) {
-            next.to = unpacked + !n * g.weights;
-            next.left = op->nibbles && c + PAIR < to.channels ? taps : 0;
-        }
+        job.tap = halves * TILE * BLOCK;
+        job.half[0] = op->nibbles ? unpacked + n * taps * job.tap : op->weight + c / PAIR * taps * job.tap;
+        job.half[1] = four ? op->weight + c / PAIR * taps * job.tap : job.half[0] + TILE * BLOCK;
+        next.to = unpacked + !n * taps * job.tap;
+        next.left = op->nibbles && c + PAIR < to.channels ? taps : 0;
         for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
@@ -639,14 +617,14 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
                 first = above < first ? above : first;
                 end = below > end ? below : end;
             }
-            job.first = four || first < 0 ? 0 : first * row; /* four: weights come in order, those for nothing too */
-            job.end = four || end > op->kernel_height ? window : end * row;
+            job.first = first < 0 ? 0 : first * row;
+            job.end = end > op->kernel_height ? window : end * row;
             if (job.end <= job.first) { /* nothing but padding: zeros are copied there */
                 job.first = 0;
                 job.end = row;
             }
             job.before = &batches[!turn];
-            job.unpacks = four ? 2 * taps : (next.left + rounds - i - 1) / (rounds - i);
+            job.unpacks = (next.left + rounds - i - 1) / (rounds - i);
             pair(&job);
             if (follow[0].plain)
                 NAME(let_go)(&job);
@@ -656,8 +634,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
                 else
                     NAME(batch_add)(now, sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
         }
-        while (!four && next.left)
-            NAME(unpack_tap)(&next);
+        while (next.left)
+            NAME(unpack_tap)(&next, halves);
     }
     job.first = job.end = 0; /* no products: what is left */
     job.before = &batches[!turn];
@@ -674,5 +652,3 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
 #undef LOAD
 #undef TILE
 #undef PAIR
-#undef RING
-#undef LAG
