@@ -65,8 +65,9 @@ def check(network: IntegerNetwork, pixels: np.ndarray, name: str, monkeypatch: p
     plain = engine.run(pixels)  # the path without a trace is the one users run
     assert plain.trace is None
     assert_same_bits(plain.logits, want.logits, "logits without a trace")
-    for lif, counts in want.activity.spikes_out.items():
-        assert_same_bits(plain.activity.spikes_out[lif], counts, f"spikes without a trace of {lif!r}")
+    for what in ("spikes_in", "spikes_out"):
+        for node, counts in getattr(want.activity, what).items():
+            assert_same_bits(getattr(plain.activity, what)[node], counts, f"{what} of {node!r} without a trace")
 
 
 @pytest.mark.parametrize("name", ENGINES)

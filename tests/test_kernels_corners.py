@@ -134,6 +134,24 @@ def test_groups_of_tiles(
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("channels", [5, 70])
+def test_codes_that_nobody_reads_are_counted(
+    name: str, channels: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of a stream that changes, read by a 1x1 convolution that leaves rows and columns out."""
+    rng = np.random.default_rng([channels, stride])
+    size, steps = 7, 3
+    weight = rng.integers(-7, 8, (channels, channels, 1, 1))
+    nodes = head(channels, 2, rng, dense=False)
+    nodes += [Conv("conv", "lif", weight, 4), affine("moves", "conv", channels, rng), Requantize("code", "moves", 5, 8)]
+    nodes += [Conv("down", "code", weight, 4, stride), affine("bn2", "down", channels, rng), lif("lif2", "bn2", rng)]
+    features = channels * (-(-size // stride)) ** 2
+    network = close([*nodes, Flatten("flat", "lif2")], InputSpec(2, size, size), features, steps)
+    check(network, rng.integers(0, 256, (2, 2, size, size), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize(("bits", "reach"), [(2, 1), (4, 7), (6, 31), (8, 127)])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"),
@@ -244,3 +262,23 @@ def test_every_spike_of_a_lif_that_stands_alone(name: str, channels: int, monkey
     nodes += [Add("add", "bn_lif", "bn_alone"), lif("last", "add", rng), SumPool("sum", "last", 2, 5)]
     network = close(nodes, spec, channels, 3)
     check(network, rng.integers(0, 256, (2, 2, 4, 7), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.skipif(native.unloaded() is not None, reason=str(native.unloaded()))
+@pytest.mark.parametrize(("stride", "second", "border"), [(1, None, 1), (2, None, 0), (1, 1, 1), (1, 0, 0)])
+def test_spikes_have_a_border_where_nothing_but_tiles_of_that_padding_reads_them(
+    stride: int, second: int | None, border: int
+) -> None:
+    """The padding of the convolution is 1; `second`: that of another one that reads the same spikes."""
+    rng = np.random.default_rng(7)
+    weight = rng.integers(-7, 8, (64, 64, 3, 3))
+    nodes = head(64, 3, rng, dense=False)
+    nodes += [Conv("conv", "lif", weight, 4, stride, 1), affine("bn2", "conv", 64, rng)]
+    if second is not None:
+        other = Conv("other", "lif", weight if second else weight[:, :, :1, :1], 4, 1, second)
+        nodes += [other, affine("bn3", "other", 64, rng), Add("add", "bn3", "bn2")]
+    size = 8 // stride
+    nodes += [lif("lif2", nodes[-1].name, rng), SumPool("pool", "lif2", size, size), Flatten("flat", "pool")]
+    plan = native._Plan(close(nodes, InputSpec(3, 8, 8), 64, 4), native.ISA_LEVELS.index("amx"))
+    assert plan.values[plan.index["lif"]].border == border

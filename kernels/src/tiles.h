@@ -13,14 +13,21 @@
  * The first half holds the outputs 0-3, 8-11, 16-19 and 24-27 of its 32, the second half the others: vpackssdw of a row of
  * each then gives 32 outputs in order.
  *
- * Weights of at most 4 bits lie two a byte, the second half in the upper four bits: [out/32][in/64][ky][kx][in/4 16][64].
+ * Weights of at most 4 bits lie two a byte, 16 times the second half's and the first half's:
+ *     [out/32][in/64][ky][kx][in/4 16][64]
  * They are unpacked for 32 outputs at a time, while the products of the 32 before run.
  *
  * A group of tiles holds whole pixels: one tile, if the steps divide 16. Two groups are summed at a time, by 32 outputs:
- * each tile loaded is used twice. Where four tiles hold all outputs and weights have 4 bits, the four are summed at
- * once, by 16 outputs twice: each weight is then needed once, and goes through a ring that stays in the L1 cache. While the products of
- * one pair (or four) of groups run, the sums of the one before, still in the L1 cache, go through bn, residual add and
- * LIF, a few pixels between two products: the matrix unit and the vector unit work side by side.
+ * each tile loaded is used twice. Where four groups hold all outputs and weights have 4 bits, the four are summed at
+ * once, by 16 outputs twice, so that each weight is needed once: first by the first half, unpacked, then by the bytes as
+ * they are, which sum to both.
+ *
+ * While the products of one pair (or four) of groups run, the sums of the one before go through bn, residual add and
+ * LIF, a few pixels between two products: the matrix unit and the vector unit work side by side. Sums are stored beside
+ * the first products of the next groups: stored behind the last ones, they would be waited for.
+ *
+ * Spikes that nothing but tiles of stride 1 read have their padding where they are (mdsnn_value.border), and are not
+ * copied.
  *
  * The intrinsics of gcc do not say that they touch memory, hence instructions written by hand.
  */
@@ -59,7 +66,8 @@ static void NAME(tiles_begin)(void)
 static void NAME(tiles_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
 /* Copies the input to `to`, unless it has its padding where it is, and says how it lies. */
-APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, const view *out, int steps, uint8_t *to)
+APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, const view *out, int steps,
+                                             uint8_t *to)
 {
     NAME(tiles) g;
     int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
@@ -242,15 +250,17 @@ static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(c
 /* Adds the spikes of all pixels so far to the counts. */
 static void NAME(count_fired)(NAME(follow) *e)
 {
-    int channels = e->counts ? e->spikes.channels - e->first : PAIR;
+    e->room_for = UINT8_MAX;
+    if (!e->counts)
+        return;
+    int channels = e->spikes.channels - e->first;
     __mmask32 there = channels < PAIR ? (1u << channels) - 1 : UINT32_MAX; /* the others may fire, too */
-    for (int t = 0; e->counts && t < e->steps; t++) {
+    for (int t = 0; t < e->steps; t++) {
         __m256i sums = _mm256_sad_epu8(_mm256_maskz_mov_epi8(there, e->fired[t]), _mm256_setzero_si256());
         __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         e->counts[t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
         e->fired[t] = _mm256_setzero_si256();
     }
-    e->room_for = UINT8_MAX;
 }
 
 /* Adds the `pixels` pixels of a group from (y, x) on. */
@@ -334,7 +344,9 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
     const __m512i half = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
     const __m512i order[2] = {half, _mm512_add_epi32(half, _mm512_set1_epi32(4))};
     const int32_t *from[3] = {bn->multiplier + first, bn->offset_32 + first, bn->shift_32 + first};
-    __m512i *to[3][2] = {{&e->c.multiplier_0, &e->c.multiplier_1}, {&e->c.offset_0, &e->c.offset_1}, {&e->c.shift_0, &e->c.shift_1}};
+    __m512i *to[3][2] = {{&e->c.multiplier_0, &e->c.multiplier_1},
+                         {&e->c.offset_0, &e->c.offset_1},
+                         {&e->c.shift_0, &e->c.shift_1}};
     for (int i = 0; i < 3; i++)
         for (int half = 0; half < 2; half++)
             *to[i][half] = _mm512_permutex2var_epi32(_mm512_loadu_si512(from[i]), order[half],
@@ -401,7 +413,7 @@ typedef struct NAME(job) {
         _tile_zero(tile);                                                                                              \
     }
 
-/* The products of one tap, for half `half` of the outputs if there are four groups; `change`: the first of their tiles. */
+/* The products of one tap, of one half of the outputs if there are four groups; `change`: the first of their tiles. */
 static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int four, int half,
                                                                 int change)
 {
@@ -457,10 +469,12 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
                                                                   int stores, int fires, int table)
 {
     NAME(follow) *e = job->before->e;
-    const NAME(constants) c = {e->c.multiplier_0, e->c.multiplier_1, e->c.offset_0, e->c.offset_1, e->c.shift_0, e->c.shift_1,
-                               e->c.bottom, e->c.top, e->c.v_th, e->c.base, e->c.reset, e->c.last, e->c.bucket, e->c.threshold, e->c.decode, e->c.start,
-                               e->c.table};
-    NAME(cursor) at = {job->before->slot, job->before->slot + job->before->slots, 0, {c.start, c.start, c.start, c.start}};
+    const NAME(constants) *k = &e->c; /* one by one: gcc copies the whole by a loop that everything waits for */
+    const NAME(constants) c = {k->multiplier_0, k->multiplier_1, k->offset_0, k->offset_1, k->shift_0, k->shift_1,
+                               k->bottom, k->top, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold,
+                               k->decode, k->start, k->table};
+    const NAME(slot) *slot = job->before->slot;
+    NAME(cursor) at = {slot, slot + job->before->slots, 0, {c.start, c.start, c.start, c.start}};
     const int four = job->many == 4, inside = job->end - job->first;
     const int window = job->op->kernel_height * job->op->kernel_width;
     const int many = inside * job->g->chunks * (four ? 2 : job->g->tall);
