@@ -668,8 +668,8 @@ class _Plan:
                 value.offset = self._state(size)
                 continue
             alive = [entry for entry in alive if entry[2] >= value.first]
-            over = value.over if isinstance(value, _Value) else None
-            if over and over.last == value.first and not over.keep and over.fixed == value.fixed:
+            over = value.over if isinstance(value, _Value) and value.over and value.over.fixed == value.fixed else None
+            if over and over.last == value.first and not over.keep:
                 value.offset = over.offset
                 alive = [entry for entry in alive if entry[0] != over.offset]
                 alive.append((over.offset, over.offset + size, value.last))
