@@ -7,6 +7,7 @@ group, and computes what it would compute without this file.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import inspect
 import os
@@ -158,7 +159,8 @@ def leads() -> bool:
 def team(device: str = "cpu") -> Iterator[Team]:
     """The processes that torchrun started, joined; or this one alone.
 
-    A process group that is there already is used and left as it is.
+    A process group that is there already is used. One that is made here stays for later runs, to the end of the
+    process: made a second time, a fast process would meet what the first one of a slow process left at its port.
     raises  ConfigError    for a rank that is none, or fewer GPUs than processes
             TrainingError  if the others do not come
     """
@@ -170,11 +172,18 @@ def team(device: str = "cpu") -> Iterator[Team]:
         raise ConfigError(f"environment: RANK = {rank} of WORLD_SIZE = {size} processes; start them with torchrun")
     found = Team(rank, size, local)
     found.device(device)
-    joined = distributed.is_initialized()
-    if not joined:
+    if not distributed.is_initialized():
         with found.together():
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             distributed.init_process_group(backend, timeout=TIMEOUT)
-    yield found
-    if not joined:  # after a fault the others may be gone, and cannot take leave
+        atexit.register(_leave)
+    try:
+        yield found
+    except BaseException:  # the others may be gone, and cannot take leave
+        atexit.unregister(_leave)
+        raise
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
         distributed.destroy_process_group()
