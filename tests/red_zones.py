@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from mdsnn.kernels import native
+from mdsnn.kernels.packing import up
+from mdsnn.kernels.plan import Plan
 
 PATTERN = 0xA5
 ZONE = 1024
@@ -47,7 +48,7 @@ class Watched:
         return self._take(shape, dtype, 0)
 
     def arena(self, size: int) -> Any:
-        """For native._arena: bytes that start on a cache line."""
+        """For native.arena: bytes that start on a cache line."""
         return self._take(size, np.uint8, PATTERN)
 
     def touched(self) -> bool:
@@ -74,12 +75,12 @@ def fenced(array: Any) -> Any:
 @contextlib.contextmanager
 def values_apart() -> Iterator[None]:
     """Plans made inside have `owned`: (offset, bytes) of each value in an arena, with a guard after each."""
-    plan: Any = native._Plan
+    plan: Any = Plan
 
     def put(self: Any, end: int, size: int, base: str) -> tuple[int, int]:
-        offset = native._up(end + ZONE)
+        offset = up(end + ZONE)
         vars(self).setdefault("owned", []).append((base, offset, size))
-        return offset, native._up(offset + size + ZONE)
+        return offset, up(offset + size + ZONE)
 
     def state(self: Any, size: int) -> int:
         offset, self.state_bytes = put(self, self.state_bytes, size, "state")

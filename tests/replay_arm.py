@@ -1,6 +1,6 @@
 """Replay known answers on ARM: python tests/replay_arm.py [--planted 40] [--each 3] [--optimize 2 3] [--file FILE]
 
-Packs networks with kernels/native.py for the base instruction set, and writes plans, pixels and the answers of
+Packs networks with kernels/plan.py for the base instruction set, and writes plans, pixels and the answers of
 kernels/reference.py as one file: planted networks, and those of test_kernels_bit_exact.py and test_kernels_corners.py.
 tests/arm/replay.c is compiled with the C engine for this machine and for 64-bit ARM, under strict warnings, and replays
 the file here and under qemu: h, s and q of every neuron and step, logits and counts, whole and step by step.

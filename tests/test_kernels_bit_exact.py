@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from mdsnn.kernels import Engine, Result, native
+from mdsnn.kernels import Engine, Result, native, plan
 from mdsnn.kernels.formats import Grid
 from mdsnn.kernels.network import (
     Add,
@@ -102,8 +102,8 @@ def test_wide_layers_and_many_steps(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", NATIVE)
 def test_small_bands_and_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers cut into bands of one or two rows, and steps into passes of three, as large networks are."""
-    monkeypatch.setattr(native, "_LIST_BYTES", 1 << 12)
-    monkeypatch.setattr(native, "_CHUNK", 3)
+    monkeypatch.setattr(plan, "_LIST_BYTES", 1 << 12)
+    monkeypatch.setattr(plan, "_CHUNK", 3)
     for seed in range(3000, 3030):
         check(*seeded_case(seed, max_channels=65, samples=1), name, monkeypatch)
 
@@ -113,7 +113,7 @@ def test_layers_too_large_for_a_method_take_another(name: str, monkeypatch: pyte
     limits = [("_INPUT_BYTES", 0), ("_COLUMN_BYTES", 0)]
     for count in (1, 2):  # then pairs, then the plain kernel
         for limit, value in limits[:count]:
-            monkeypatch.setattr(native, limit, value)
+            monkeypatch.setattr(plan, limit, value)
         for seed in range(3100, 3115):
             check(*seeded_case(seed, max_channels=65, samples=1), name, monkeypatch)
 
@@ -398,7 +398,7 @@ def test_sums_that_leave_16_bits(
     network = _network(nodes, InputSpec(1, 3, 4), 66)
     conv = network["conv"]
     assert isinstance(conv, Conv)
-    assert native._widen(network, conv) == slabs
+    assert plan._widen(network, conv) == slabs
     check(network, rng.integers(0, 256, (1, 1, 3, 4), np.uint8), name, monkeypatch)
 
 

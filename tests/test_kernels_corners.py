@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_kernels_bit_exact import ENGINES, check
 
-from mdsnn.kernels import native
+from mdsnn.kernels import native, packing, plan
 from mdsnn.kernels.formats import Grid
 from mdsnn.kernels.network import (
     Add,
@@ -99,7 +99,7 @@ def test_bands_that_do_not_divide_the_height(
     nodes += [Conv("conv", "lif", rng.integers(-top, top + 1, (c_out, c_in, 3, 3)), bits, stride, padding)]
     nodes += [affine("bn2", "conv", c_out, rng, 4), lif("lif2", "bn2", rng)]
     across = (width + 2 * padding - 3) // stride + 1
-    monkeypatch.setattr(native, "_LIST_BYTES", native._list_bytes(nodes[-3], width, steps) * band)  # type: ignore[arg-type]
+    monkeypatch.setattr(plan, "_LIST_BYTES", packing.list_bytes(nodes[-3], width, steps) * band)  # type: ignore[arg-type]
     network = close([*nodes, Flatten("flat", "lif2")], spec, c_out * height * across, steps)
     check(network, rng.integers(0, 256, (2, 2, rows, width), np.uint8), name, monkeypatch)
 
@@ -211,7 +211,7 @@ def test_every_search_and_reset(
     nodes += [SumPool("sum", "last", 3, 4)]
     network = close(nodes, spec, channels, steps)
     assert (network.proof.ranges["add" if not wide else "more5"][1] > 32767) == wide
-    monkeypatch.setattr(native, "_CHUNK", 3)
+    monkeypatch.setattr(plan, "_CHUNK", 3)
     check(network, rng.integers(0, 256, (2, 3, 3, 4), np.uint8), name, monkeypatch)
 
 
@@ -280,5 +280,5 @@ def test_spikes_have_a_border_where_nothing_but_tiles_of_that_padding_reads_them
         nodes += [other, affine("bn3", "other", 64, rng), Add("add", "bn3", "bn2")]
     size = 8 // stride
     nodes += [lif("lif2", nodes[-1].name, rng), SumPool("pool", "lif2", size, size), Flatten("flat", "pool")]
-    plan = native._Plan(close(nodes, InputSpec(3, 8, 8), 64, 4), native.ISA_LEVELS.index("amx"))
-    assert plan.values[plan.index["lif"]].border == border
+    made = plan.Plan(native._module(), close(nodes, InputSpec(3, 8, 8), 64, 4), "amx")
+    assert made.values[made.index["lif"]].border == border

@@ -22,7 +22,7 @@ WIDE = {"max_channels": 130, "max_timesteps": 32, "samples": 1}
 def test_no_operation_leaves_its_own_value(level: str, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched()
     monkeypatch.setattr(native, "np", watched)
-    monkeypatch.setattr(native, "_arena", watched.arena)
+    monkeypatch.setattr(native, "arena", watched.arena)
     monkeypatch.setenv("MDSNN_ISA", level)
     for seed in range(4000, 4060 if not limits else 4030):
         network, pixels = seeded_case(seed, **limits)

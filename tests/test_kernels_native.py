@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdsnn.export import artifact
-from mdsnn.kernels import Engine, engine, native
+from mdsnn.kernels import Engine, engine, native, packing, plan, tables
 from mdsnn.kernels.errors import ConfigError, MissingError
 from mdsnn.kernels.formats import Grid, affine_constants, dense_table
 from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputSpec, InputTable, IntegerNetwork, Lif, Readout
@@ -111,22 +111,22 @@ def test_constants_that_stand_in_python_and_in_c_are_equal() -> None:
     lib = native._module().lib
     limit = re.search(r"#define MDSNN_MAX_COMPARED (\d+)", (source / "kernels.h").read_text())
     assert limit is not None
-    assert int(limit.group(1)) == native._COMPARED
-    assert lib.MDSNN_BUCKETS == native._BUCKETS
+    assert int(limit.group(1)) == plan._COMPARED
+    assert lib.MDSNN_BUCKETS == tables.BUCKETS
     assert [getattr(lib, f"MDSNN_{level.upper()}") for level in native.ISA_LEVELS] == list(range(4))
-    assert [getattr(lib, f"MDSNN_{name}") for name in ("I8", "I16", "I32")] == [native._I8, native._I16, native._I32]
+    assert [getattr(lib, f"MDSNN_{name}") for name in ("I8", "I16", "I32")] == [plan._I8, plan._I16, plan._I32]
 
 
 @needs_native
 def test_values_that_are_alive_together_do_not_share_bytes() -> None:
     for seed in range(30):
-        plan = native._Plan(seeded_case(seed)[0], 0)
-        spans = [(v.offset, v.offset + v.size(plan.chunk), v.first, v.last, v.keep) for v in plan.values]
+        made = plan.Plan(native._module(), seeded_case(seed)[0], "base")
+        spans = [(v.offset, v.offset + v.size(made.chunk), v.first, v.last, v.keep) for v in made.values]
         for i, (start, end, first, last, kept) in enumerate(spans):
-            assert end <= (plan.state_bytes if kept else plan.scratch_bytes)
+            assert end <= (made.state_bytes if kept else made.scratch_bytes)
             for j, (other_start, other_end, other_first, other_last, other_kept) in enumerate(spans[:i]):
                 together = kept == other_kept and (kept or (first <= other_last and other_first <= last))
-                in_place = plan.values[i].over is plan.values[j] and (start, end) == (other_start, other_end)
+                in_place = made.values[i].over is made.values[j] and (start, end) == (other_start, other_end)
                 assert not together or end <= other_start or other_end <= start or (in_place and first == other_last)
 
 
@@ -197,8 +197,8 @@ def test_no_source_asks_for_this_machine_s_own_instructions() -> None:
 def test_a_cell_and_one_comparison_decode_every_membrane(thresholds: list[int], low: int, high: int) -> None:
     """As src/mdsnn.h puts it, in Python, against the definition: the code is the number of thresholds that are <= u."""
     lif = Lif("lif", "x", 4, np.arange(15) * np.arange(15), np.array(thresholds), v_th=high)
-    reach = native._Reach.of(lif, (low, high))
-    cells = native._cells(reach, lif)
+    reach = tables.Reach.of(lif, (low, high))
+    cells = tables.find_cells(reach, lif)
     if cells is None:
         return
     base, span, factor, threshold, decode = cells
@@ -213,12 +213,12 @@ def test_thresholds_of_tanh_lie_in_cells() -> None:
     """What a membrane of 4 bits has, at the largest alpha: the short way must not be lost on it."""
     steps = np.arctanh((np.arange(14) - 6.5) / 7)
     lif = Lif("lif", "x", 4, np.arange(15), np.round(256 * steps).astype(int), v_th=128)
-    assert native._cells(native._Reach.of(lif, (-2000, 2000)), lif) is not None
+    assert tables.find_cells(tables.Reach.of(lif, (-2000, 2000)), lif) is not None
 
 
 def _same_table(table: np.ndarray, lo: np.ndarray, hi: np.ndarray, grid: Grid) -> bool:
     """Whether the affine form found for a dense table gives all of it; False if none is found."""
-    found = native._affine(BnDense("bn", "conv", table), lo, hi, grid.saturation)
+    found = tables.affine_of(BnDense("bn", "conv", table), lo, hi, grid.saturation)
     if found is None:
         return False
     assert_same_bits(dense_table(found.multiplier, found.offset, found.shift, lo, hi, grid), table, "table")
@@ -264,9 +264,9 @@ def test_as_many_entries_fit_8_bits_as_the_largest_codes_allow(top: int, entries
     slabs = rng.integers(-top, top + 1, (2, entries, 5)).astype(np.int8)
     largest = [-np.sort(-np.maximum(sign * slabs.astype(int), 0), axis=1).cumsum(axis=1) for sign in (1, -1)]
     right = min(int((sums <= limit).sum(axis=1).min()) for sums, limit in zip(largest, (127, 128), strict=True))
-    found = native._flush(slabs, entries)
+    found = packing.safe_entries(slabs, entries)
     assert found == right if top <= 16 else found <= right
-    assert native._flush(slabs, found // 2) == found // 2
+    assert packing.safe_entries(slabs, found // 2) == found // 2
 
 
 def test_a_file_of_packed_weights_is_not_kept() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdsnn.kernels import Engine, engine, native, selftest
+from mdsnn.kernels import Engine, engine, native, plan, selftest
 from mdsnn.kernels.errors import MissingError
 from mdsnn.kernels.network import Conv, Lif
 from planted import assert_same_bits, seeded_case
@@ -89,7 +89,7 @@ def test_the_networks_hold_what_the_engine_tells_apart() -> None:
         for node in network.nodes
         if type(node).__name__ == "BnAffine"
     } == {32, 64}
-    assert {native._narrow_stream(network) for network in made} == {True, False}
+    assert {plan._narrow_stream(network) for network in made} == {True, False}
 
 
 @needs_native

@@ -15,12 +15,12 @@
  * (36 KiB for a 3x3 window) is used for all outputs of a band of rows while it is in the L1 cache.
  *
  * Two ways to add 64 weights, half a vector's channels in its even bytes and half in its odd ones
- * (native.py:_pack_events):
- * - In 8 bits, moved to 16 bits every `flush` entries; native.py finds from the weights how many fit.
+ * (packing.py:pack_events):
+ * - In 8 bits, moved to 16 bits every `flush` entries; packing.py finds from the weights how many fit.
  * - For larger weights, words a = 256*odd + (even + 128) are added in 16 bits, wherever they wrap, and so are the odd
  *   bytes alone, b. Then the odd ones sum to b, and the even ones to a - 256*b - 128*entries, modulo 2**16: exact, since
  *   192 weights of 8 bits fit 16.
- * Sums of 16 bits move to 32 every `widen` slabs, where the proof asks for it; native.py finds how many from the weights.
+ * Sums of 16 bits move to 32 every `widen` slabs, where the proof asks for it; plan.py finds how many from the weights.
  * Sums of a row have windows to spare at both ends, for columns that lie under windows that are not there.
  */
 

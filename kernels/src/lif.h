@@ -8,7 +8,7 @@
  * (tests/test_kernels_bit_exact.py); where the two differ, this file is wrong.
  *
  * All steps of a few neurons come before the next neurons, so that their membranes stay in registers. With few
- * thresholds left (see native.py) a comparison each is cheaper than a search, and decode[q] is a running sum of the
+ * thresholds left (see plan.py) a comparison each is cheaper than a search, and decode[q] is a running sum of the
  * table's increments, or a byte shuffle where there is one (AVX2). Where AVX-512 can permute 32 words, one comparison is
  * enough: with the threshold of u's bucket. With many thresholds each lane looks its code up in a dense table, or
  * bisects where that table would be too large. A LIF behind what is the same at every step (the stem of an image) looks

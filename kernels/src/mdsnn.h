@@ -1,7 +1,7 @@
 /* mdsnn.h: the contract between Python and C. cffi reads these declarations, so each stands once.
  *
  * A plan is a network made ready to run: which operation comes when, where each value lies, weights in the order the
- * kernels want. kernels/native.py builds plans from proven IntegerNetworks only (kernels/network.py), so the C code
+ * kernels want. kernels/plan.py builds plans from proven IntegerNetworks only (kernels/network.py), so the C code
  * checks no shape, index or range again: the proof says that no sum, product or table index leaves its type.
  *
  * A value lies as [y][x][t][c]: a pixel holds its steps, a step its channels. `t` is the step inside one call; a value

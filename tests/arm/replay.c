@@ -1,6 +1,6 @@
 /* replay.c: replays known answers in the C engine, on whatever machine it was compiled for: replay FILE
  *
- * FILE comes from tests/replay_arm.py: plans for the base instruction set as native.py packs them, with offsets into the
+ * FILE comes from tests/replay_arm.py: plans for the base instruction set as plan.py packs them, with offsets into the
  * file where a structure holds a pointer, pixels, and what kernels/reference.py answers: h, s and q of every neuron and
  * step, logits, and counts of inputs and spikes. Little endian, 64-bit pointers. Each network runs three times: whole
  * with a trace, whole without, and step by step with its state kept.

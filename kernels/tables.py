@@ -1,0 +1,160 @@
+"""Tables by which the C kernels quantize membranes and apply BN, found from a network's proof.
+
+Every one is exact for each value that the proof allows, or is not made at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .formats import INT32_LIMIT, MAX_SHIFT, Array, delta
+from .network import BnAffine, BnDense, Lif
+from .reference import lif_step
+
+BUCKETS = 31
+"""MDSNN_BUCKETS of src/mdsnn.h."""
+CELLS = 15
+"""MDSNN_CELLS of src/mdsnn.h."""
+_LINE = 1 << 18  # entries of a channel's dense table beyond which it is not looked at
+_MULTIPLIER = 2**15 - 1  # largest of a bn that takes the place of a dense table
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which u a LIF quantizes, from its proof, and the thresholds that lie between them."""
+
+    lo: int
+    hi: int
+    code_first: int
+    thresholds: Array
+
+    @classmethod
+    def of(cls, lif: Lif, membrane: tuple[int, int]) -> Reach:
+        lo, hi = membrane
+        if lif.quantize == "post_reset":
+            fired = (0, 0) if lif.reset == "hard" else (lif.v_th + 1 - lif.v_soft, hi - lif.v_soft)
+            lo, hi = min(lo, *fired), max(min(hi, lif.v_th), *fired)
+        thresholds = lif.thresholds.astype(np.int64)
+        below = int((thresholds <= lo).sum())
+        return cls(lo, hi, below - delta(lif.bits), thresholds[below : int((thresholds <= hi).sum())])
+
+
+def find_buckets(reach: Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | None:
+    """Buckets of u that hold one threshold each (see mdsnn.h): base, shift, thresholds, codes, decoded codes.
+
+    None where that takes more than 31, or u - base could leave 16 bits.
+    """
+    thresholds = reach.thresholds
+    different = int(np.count_nonzero(np.diff(thresholds))) + 1
+    if not len(thresholds) or different > BUCKETS:
+        return None
+    for shift in range(15, -1, -1):
+        base = (int(thresholds[0]) - 1) >> shift << shift  # below every threshold
+        places = (thresholds - base) >> shift
+        apart = int(np.count_nonzero(np.diff(places))) + 1 == different
+        if not apart or int(places[-1]) >= BUCKETS or reach.lo - base < -(2**15) or reach.hi - base >= 2**15:
+            continue
+        at = np.full(BUCKETS + 1, 32767)
+        at[places] = thresholds
+        counts = np.searchsorted(places, np.arange(BUCKETS + 1), side="left")
+        codes = reach.code_first + counts
+        return base, shift, at, codes, lif.decode[codes + delta(lif.bits)]
+    return None
+
+
+def find_cells(reach: Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None:
+    """At most 15 cells of u, all of one width, that hold one threshold each (see mdsnn.h): base, span, factor,
+    thresholds, decoded codes.
+
+    None where there are no such, or the thresholds lie more than 16 bits apart.
+    """
+    thresholds = _different(reach.thresholds)
+    if not 0 < len(thresholds) <= CELLS or thresholds[-1] - thresholds[0] >= 2**15:
+        return None
+    base, span = int(thresholds[0]), int(thresholds[-1] - thresholds[0])
+    for last in range(len(thresholds) - 1, CELLS):
+        factor = min(2**15 - 1, ((last + 1) * 2**16 - 1) // max(span, 1))
+        places = (thresholds - base) * factor >> 16
+        if len(_different(places)) < len(thresholds):
+            continue
+        at = np.full(CELLS + 1, 32767)
+        at[places] = thresholds
+        below = np.searchsorted(places, np.arange(CELLS + 1))  # different thresholds before each cell
+        counts = np.append(np.searchsorted(reach.thresholds, thresholds), len(reach.thresholds))[below]
+        return base, span, factor, at, lif.decode[reach.code_first + counts + delta(lif.bits)]
+    return None
+
+
+def _different(ascending: Array) -> Array:
+    """Each value once (np.unique would import numpy.ma, which takes as long as a plan)."""
+    different: Array = ascending[np.append(np.diff(ascending) != 0, np.ones(min(len(ascending), 1), bool))]
+    return different
+
+
+def spike_patterns(lif: Lif, x: Array, steps: int) -> Array:
+    """Bit t: whether a LIF that gets x at every step fires at step t. Three more entries, for reads of four bytes."""
+    patterns, q = np.zeros(len(x) + 3, np.int64), np.zeros(len(x), np.int64)
+    options = (lif.bits, lif.v_th, lif.reset, lif.v_soft, lif.quantize, lif.q_th)
+    for t in range(steps):
+        _, s, q = lif_step(x, q, lif.decode, lif.thresholds, *options)
+        patterns[: len(x)] |= s << t
+    return patterns
+
+
+def affine_of(node: BnDense, lo: Array, hi: Array, saturation: int) -> BnAffine | None:
+    """The table as multiply, add and shift, 16-bit multipliers and 32-bit sums; None if that cannot give all entries.
+
+    lo, hi  the accumulators of each channel, as the proof has them
+    Vectors add and shift, where they would read a table one entry at a time.
+    """
+    ends = np.cumsum(hi - lo + 1)
+    found = np.zeros((3, len(lo)), np.int64)
+    for c in range(len(lo)):
+        line = _line(node.table[ends[c] - (hi[c] - lo[c] + 1) : ends[c]].astype(np.int64), int(lo[c]), saturation)
+        if line is None:
+            return None
+        found[:, c] = line
+    return BnAffine(node.name, node.source, *found)
+
+
+def _line(y: Array, first: int, saturation: int) -> tuple[int, int, int] | None:
+    """Multiplier, offset and shift that give y for the accumulators from `first` on; None if there are no such.
+
+    For a multiplier m the offset must lie between two bounds, each a maximum or minimum over accumulators, and how far
+    these lie apart is concave in m: m is found by bisection.
+    """
+    if y[0] == y[-1]:  # tables are monotone
+        return 0, int(y[0]), 0
+    if len(y) > _LINE:
+        return None
+    acc = np.arange(first, first + len(y))
+    reached, kept = np.flatnonzero(y > -saturation), np.flatnonzero(y < saturation)  # one bound where y is saturated
+    straight = np.flatnonzero(abs(y) < saturation)
+    run = int(straight[-1] - straight[0]) if len(straight) else 0
+    rise = int(y[straight[-1]] - y[straight[0]]) if run else 0
+    steep = max(abs(rise) - 1, 1) if run else 2 * saturation
+    shift = min(MAX_SHIFT, (_MULTIPLIER * max(run, 1) // steep).bit_length() - 1)
+    while shift >= 0:
+        low, high = (((rise - 1) << shift) // run, ((rise + 1) << shift) // run + 1) if run else (-(2**62), 2**62)
+        cut = low < -_MULTIPLIER or high > _MULTIPLIER
+        low, high = max(low, -_MULTIPLIER), min(high, _MULTIPLIER)
+        at_least, at_most = y[reached] << shift, (y[kept] + 1 << shift) - 1  # of m*acc + offset
+        while low <= high:
+            m = (low + high) >> 1
+            bottom, top = at_least - m * acc[reached], at_most - m * acc[kept]
+            i, j = int(bottom.argmax()), int(top.argmin())
+            if bottom[i] <= top[j]:
+                if abs(m) * max(-first, first + len(y) - 1) + abs(int(bottom[i])) < INT32_LIMIT:
+                    return m, int(bottom[i]), shift
+                cut = True
+                break
+            wider = int(acc[reached[i]] - acc[kept[j]])  # by how much if m grows by 1
+            if wider == 0:
+                break
+            low, high = (m + 1, high) if wider > 0 else (low, m - 1)
+        if not cut:  # no line at all
+            return None
+        shift -= 1
+    return None
