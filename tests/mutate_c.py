@@ -652,7 +652,7 @@ def main(arguments: list[str] | None = None) -> int:
         from red_zones import Watched
 
         watched = Watched()
-        vars(native).update(np=watched, _arena=watched.arena)
+        vars(native).update(np=watched, arena=watched.arena)
         cases = suite_cases(options.cases)
         for build in builds:
             shutil.copytree(folder / build, folder / f"{build}-checked")
