@@ -82,7 +82,8 @@ def test_the_networks_reach_every_kernel(cases: list[KnownCase]) -> None:
     parts = [part[0] for op in ops for part in (op.bn, op.fire) if part != native._module().ffi.NULL]
     lib = native._module().lib
     assert {op.kind for op in ops} == set(range(lib.MDSNN_FUSED + 1))
-    assert {op.method for op in ops if op.kind == lib.MDSNN_FUSED} == set(range(lib.MDSNN_PAIRS + 1))
+    methods = {lib.MDSNN_EVENTS_8, lib.MDSNN_EVENTS_16, lib.MDSNN_PAIRS, lib.MDSNN_GROUPED}
+    assert {op.method for op in ops if op.kind == lib.MDSNN_FUSED} == methods
     lifs = [op for op in ops + parts if op.kind == lib.MDSNN_LIF]
     assert {op.search for op in lifs} == {lib.MDSNN_COMPARE, lib.MDSNN_TABLE, lib.MDSNN_BISECT}
     assert {(op.pre_fire, op.soft) for op in lifs} == {(0, 0), (0, 1), (1, 0)}

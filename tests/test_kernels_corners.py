@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from test_kernels_bit_exact import ENGINES, check
 
-from mdsnn.kernels import native, packing, plan
+from mdsnn.kernels import native, packing, plan, tables
 from mdsnn.kernels.formats import Grid
 from mdsnn.kernels.network import (
     Add,
     BnAffine,
+    BnDense,
     Conv,
     Flatten,
     InputSpec,
@@ -247,6 +248,37 @@ def test_pools_with_padding_before_and_after(
     nodes += [lif("lif_l", "bn_l", rng, 4)]
     network = close(nodes, spec, 18, 4)
     check(network, rng.integers(0, 256, (2, 2, height, 9), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("channels", [3, 64, 70])
+def test_dense_tables_that_no_line_gives(name: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a convolution that is fused, of one whose sums two tables read, and of shared sums beside an affine BN."""
+    rng = np.random.default_rng(channels)
+    nodes = head(channels, 2, rng, dense=False)
+
+    def table(bn: str, conv: Conv) -> BnDense:
+        rows = conv.weight.reshape(channels, -1)  # of spikes: each weight once, or not at all
+        sizes = np.abs(rows).sum(axis=1, dtype=np.int64) + 1
+        entries = [np.sort(rng.integers(-3000, 3000, size))[:: 1 - 2 * (c % 2)] for c, size in enumerate(sizes)]
+        return BnDense(bn, conv.name, np.concatenate(entries))
+
+    convs = [
+        Conv(f"conv_{i}", "lif", rng.integers(-7, 8, (channels, channels, k, k)), 4, 1, k // 2)
+        for i, k in enumerate((3, 1, 1))
+    ]
+    nodes += [*convs, table("bn_0", convs[0]), table("bn_1", convs[1]), table("bn_2", convs[1])]
+    nodes += [table("bn_3", convs[2]), affine("bn_4", "conv_2", channels, rng)]
+    for i in range(1, 5):
+        nodes.append(Add(f"add_{i}", f"add_{i - 1}" if i > 1 else "bn_0", f"bn_{i}"))
+    nodes += [lif("last", "add_4", rng, spread=3000), SumPool("sum", "last", 5, 4)]
+    network = close(nodes, InputSpec(2, 5, 4), channels, 3)
+    assert all(
+        tables.affine_of(node, *network.proof.channel_bounds[node.source], network.grid.saturation) is None
+        for node in network.nodes
+        if isinstance(node, BnDense)
+    )
+    check(network, rng.integers(0, 256, (2, 2, 5, 4), np.uint8), name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ENGINES)
