@@ -152,22 +152,23 @@ def read_bounded(path: str | os.PathLike[str], limit: int, *, what: str = "file"
     raises  InputError    if it is missing, empty, not a regular file, or over the limit
             StorageError  if the operating system refuses to read it
     """
+    expected = f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
     try:
         # O_NONBLOCK: to open a pipe that nobody writes to would wait for ever
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: not a regular file; a {what} was expected")
+                raise InputError(f"{path}: not a regular file; {expected} was expected")
             if status.st_size == 0:
-                raise InputError(f"{path}: empty; a {what} was expected")
+                raise InputError(f"{path}: empty; {expected} was expected")
             if status.st_size > limit:
-                raise InputError(f"{path}: {status.st_size} bytes, over the limit of {limit} for a {what}")
+                raise InputError(f"{path}: {status.st_size} bytes, over the limit of {limit} for {expected}")
             content = stream.read(status.st_size + 1)  # the size, not the limit: read() allocates what it is asked for
     except (FileNotFoundError, NotADirectoryError) as fault:
-        raise InputError(f"{path}: no such file; a {what} was expected") from fault
+        raise InputError(f"{path}: no such file; {expected} was expected") from fault
     except IsADirectoryError as fault:
-        raise InputError(f"{path}: is a folder; a {what} was expected") from fault
+        raise InputError(f"{path}: is a folder; {expected} was expected") from fault
     except (OSError, ValueError) as fault:  # ValueError: a NUL byte in the name
         raise StorageError(f"{path}: cannot be read: {getattr(fault, 'strerror', None) or fault}") from fault
     if len(content) != status.st_size:
