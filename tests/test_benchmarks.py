@@ -307,7 +307,11 @@ def test_a_comparator_that_computes_another_network_stops_the_benchmark(
 def test_ratios_are_of_medians_and_of_the_workload_they_name() -> None:
     def rows(**ms: float) -> list[dict[str, Any]]:
         named = {name.replace("_", "-"): value for name, value in ms.items()}
-        return [{"contender": name, "threads": 1, "batch": 1, "ms_per_image": value} for name, value in named.items()]
+        row = {"threads": 1, "batch": 1}
+        return [
+            {**row, "contender": name, "ms_per_image": value, "min_ms_per_image": value - 0.5}
+            for name, value in named.items()
+        ]
 
     w4 = {"weight_bits": 4, "density_wanted": 0.17, "rows": rows(amx=2.0, openvino_int8=3.0, avx2=5.0)}
     w8 = {"weight_bits": 8, "density_wanted": 0.17, "rows": rows(amx=2.0, openvino_int8=4.5)}
@@ -317,6 +321,7 @@ def test_ratios_are_of_medians_and_of_the_workload_they_name() -> None:
         ("AMX, against OpenVINO int8", 1.5),
         ("W8U8, AMX, against OpenVINO int8", 2.25),
     ]
+    assert [r["least"] for r in found] == [2.5 / 1.5, 4 / 1.5]
     assert (found[0]["floor"], found[0]["target"], found[0]["moonshot"]) == (2.2, 2.7, 3.5)
 
 
@@ -425,7 +430,7 @@ def _result(**changes: Any) -> dict[str, Any]:
         "environment": {},
         "versions": {"python": "3.11.7", "mdsnn": "0.1.0"},
         "rounds": 9,
-        "ratios": [{"title": "A | B", "measured": 1.256, "floor": 2.2, "target": 2.7, "moonshot": 3.5}],
+        "ratios": [{"title": "A | B", "measured": 1.256, "least": 1.3, "floor": 2.2, "target": 2.7, "moonshot": 3.5}],
         "contenders": {
             "native": {"title": "mdsnn, C", "computes": "integers"},
             "pytorch": {"title": "PyTorch | eager", "computes": "float32"},
@@ -450,11 +455,13 @@ def _result(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_engine_table_shows_what_was_measured() -> None:
-    ratios, _, rest = report.engine_tables(_result()).partition("\n\n**")
+    head, _, rest = report.engine_tables(_result()).partition("\n\n**")
+    ratios, _, note = head.partition("\n\n")
+    assert note.startswith("Measured: ")
     assert ratios.splitlines() == [
-        "| times faster, batch 1, one thread where nothing else is said | measured | floor | target | moonshot |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| A \\| B | **1.26** | 2.2 | 2.7 | 3.5 |",
+        "| times faster (batch 1 on one thread if not said) | measured | least visits | floor | target | moonshot |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| A \\| B | **1.26** | 1.30 | 2.2 | 2.7 | 3.5 |",
     ]
     lines = f"**{rest}".splitlines()
     assert lines[0].startswith("**MS-ResNet-18** (2.216 G dense-equivalent MACs an image).")
