@@ -48,6 +48,7 @@ from mdsnn.kernels.engine import Engine, Trace
 from mdsnn.kernels.errors import ConfigError, EnvironmentFault, MdsnnError, MissingError
 from mdsnn.kernels.files import check_writable, make_folder, write_text
 from mdsnn.kernels.network import IntegerNetwork
+from mdsnn.machine import peak_rss
 
 if TYPE_CHECKING:
     from networks import Shape
@@ -124,15 +125,6 @@ def clock(run: Callable[[Pixels], Logits], pixels: Pixels, seconds: float) -> fl
         calls.append(time.perf_counter() - start)
         spent += calls[-1]
     return statistics.median(calls)
-
-
-def peak_rss() -> int | None:
-    """Largest resident memory since `forget_peak`, in bytes; None where the system does not tell."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as stream:
-        for line in stream:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def forget_peak() -> None:
@@ -345,7 +337,7 @@ def measure(workload: Workload, settings: Settings, left_out: dict[str, str]) ->
         "membrane_bits": workload.bits,
         "density_wanted": workload.density,
         "twin_correlation": correlation(want["float32"], want["integers"]),
-        "macs": networks.macs(network),
+        "macs": network.macs,
         "artifact_bytes": len(workload.network),
         "layers": [
             {

@@ -28,7 +28,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
-from networks import calibrate, macs
+from networks import calibrate
 
 from mdsnn.cli.doctor import machine
 from mdsnn.cli.terminal import say, table
@@ -131,7 +131,7 @@ def check(network: IntegerNetwork, pixels: npt.NDArray[np.uint8], level: str) ->
     """Compare the C engine with another executor; the name of that one. Raises EnvironmentFault where they differ."""
     few = pixels[..., :1, :, :, :]
     ours = Engine(network, "native", 1)
-    if macs(network) <= REFERENCE_MACS:
+    if network.macs <= REFERENCE_MACS:
         name = "reference"
         got, want = (engine.run(few, trace=True).trace for engine in (ours, Engine(network, name, 1)))
         if got is None or want is None:
@@ -165,7 +165,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time one case at every level; see `main` for the fields."""
     network, pixels = case.build(density, seed)
-    total = macs(network)
+    total = network.macs
     found: dict[str, Any] = {"name": case.name, "bits": case.bits, "batch": case.batch, "held": case.held}
     found.update(timesteps=network.timesteps, macs=total, levels={})
     for level in levels:

@@ -31,6 +31,7 @@ from mdsnn.cli.doctor import machine
 from mdsnn.cli.terminal import say, table
 from mdsnn.kernels.errors import ConfigError, MissingError
 from mdsnn.kernels.files import check_writable, make_folder, write_text
+from mdsnn.machine import peak_rss
 
 try:
     import networks
@@ -244,11 +245,10 @@ def _peak(name: str, work: Workload) -> int:
 
 
 def _high_water() -> int:
-    """Bytes of this process's largest resident set so far; getrusage's would begin with that of its parent."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/self/status names no VmHWM: peak memory is measured on Linux only")
+    peak = peak_rss()
+    if peak is None:
+        raise ConfigError("/proc/self/status names no VmHWM: peak memory is measured on Linux only")
+    return peak
 
 
 def quotient(turns: dict[str, list[dict[str, float]]], over: str, under: str, what: str) -> float:

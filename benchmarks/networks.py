@@ -24,7 +24,7 @@ from mdsnn.export.lower import lower
 from mdsnn.freeze import freeze
 from mdsnn.kernels.errors import ConfigError
 from mdsnn.kernels.formats import IMAGE_FRAC_BITS, Array
-from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputTable, IntegerNetwork, Lif, Linear, Node, Requantize
+from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputTable, IntegerNetwork, Lif, Node, Requantize
 from mdsnn.layers import LIF, QuantBatchNorm2d, ShortcutQuant, trace
 from mdsnn.models.ms_resnet import MSResNet, ms_resnet
 
@@ -112,17 +112,6 @@ def _random(shape: Shape, seed: int, **bits: Any) -> MSResNet:
         generator=torch.Generator().manual_seed(seed),
         **bits,
     )
-
-
-def macs(network: IntegerNetwork) -> int:
-    """Dense-equivalent multiply-accumulates of one sample: all steps, and once for what is the same at every step."""
-    total = 0
-    for node in network.nodes:
-        if isinstance(node, Conv | Linear):
-            _, height, width = network.proof.shapes[node.name]
-            steps = 1 if network.proof.static[node.name] else network.timesteps
-            total += node.weight.size * height * width * steps
-    return total
 
 
 # --------------------------------------------------------------------------------------------------- calibrating

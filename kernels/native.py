@@ -166,17 +166,6 @@ def strain(isa_level: str, work: str, size: int, rounds: int) -> int:
     return int(module.lib.mdsnn_strain(ISA_LEVELS.index(isa_level), kind, start, size, rounds))
 
 
-def _products(network: IntegerNetwork) -> int:
-    """Dense products of one sample."""
-    total = 0
-    for node in network.nodes:
-        if isinstance(node, Conv | Linear):
-            _, height, width = network.proof.shapes[node.name]
-            steps = 1 if network.proof.static[node.name] else network.timesteps
-            total += node.weight.size * height * width * steps
-    return total
-
-
 class _Room:
     """What a call writes to, and the call that points to it: scratch, one sample's state, the work of its parts."""
 
@@ -213,7 +202,7 @@ class NativeBackend:
         self._spikes_in = {node.name: rows[node.source] for node in readers}
         # products of tiles are one thread's, and so are small samples: to call others costs more than they take over
         methods = {METHODS[self._plan.struct.ops[at].method] for at in range(len(self._plan.steps))}
-        self._parts = 1 if "tiles" in methods or _products(network) < _SHARED else _PARTS
+        self._parts = 1 if "tiles" in methods or network.macs < _SHARED else _PARTS
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[_Room] = deque(maxlen=64)
         self._classes = network.classes

@@ -333,6 +333,17 @@ class IntegerNetwork:
         """Number of logits."""
         return int(self.readout.bias.shape[0])
 
+    def layer_macs(self, layer: Conv | Linear) -> int:
+        """Dense-equivalent multiply-accumulates of one sample in a layer: all steps, or one if all are the same."""
+        _, height, width = self.proof.shapes[layer.name]
+        steps = 1 if self.proof.static[layer.name] else self.timesteps
+        return int(layer.weight.size * height * width * steps)
+
+    @property
+    def macs(self) -> int:
+        """Those of all convolutions and linear layers."""
+        return sum(self.layer_macs(node) for node in self.nodes if isinstance(node, Conv | Linear))
+
 
 class _Prover:
     """Walks the nodes once and fills the Proof, or raises NetworkError."""

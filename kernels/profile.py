@@ -134,9 +134,7 @@ def _work(network: IntegerNetwork, name: str, method: str, spikes: float) -> flo
     if method.startswith("events"):
         window = node.weight[0, 0].size / (node.stride**2 if isinstance(node, Conv) else 1)
         return float(spikes * len(node.weight) * window * (1 if "8 bits" in method else 2))
-    _, height, width = network.proof.shapes[name]
-    steps = 1 if network.proof.static[name] else network.timesteps
-    return float(node.weight.size * height * width * steps) / (2 if method == "bytes" else 1)
+    return network.layer_macs(node) / (2 if method == "bytes" else 1)
 
 
 def measure_ceilings(isa: str, weight_bytes: int) -> Ceilings:

@@ -318,3 +318,32 @@ def assert_same_trace(got: Any, want: Any) -> None:
         for what in ("h", "s", "q"):
             assert_same_bits(getattr(got.lifs[name], what), getattr(lif, what), f"{what} of {name!r} [T,N,C,H,W]")
     assert_same_bits(got.logits, want.logits, "logits")
+
+
+def covering(
+    wanted: set[str], seeds: int, *, least_timesteps: int = 1, **limits: int
+) -> list[tuple[IntegerNetwork, np.ndarray]]:
+    """Seeded cases whose pixels are not all 0 and that have `wanted` between them, each bringing something new.
+
+    wanted  of the names of node types, "image", "events", and what `_traits` names
+    """
+    missing, cases = set(wanted), []
+    for seed in range(seeds):
+        network, pixels = seeded_case(seed, **limits)
+        kinds = {type(node).__name__ for node in network.nodes} | {network.input.coding} | _traits(network)
+        if kinds & missing and pixels.any() and network.timesteps >= least_timesteps:
+            missing -= kinds
+            cases.append((network, pixels))
+    assert not missing
+    return cases
+
+
+def _traits(network: IntegerNetwork) -> set[str]:
+    found = set()
+    for node in network.nodes:
+        if isinstance(node, Conv):
+            named = {"groups": node.groups > 1, "stride": node.stride > 1, "padding": node.padding > 0}
+            found |= {name for name, there in named.items() if there}
+        if isinstance(node, Requantize) and not network.proof.static[node.name] and network.timesteps > 2:
+            found.add("codes of a stream that moves")
+    return found

@@ -93,7 +93,7 @@ def test_macs_are_the_products_of_a_dense_run() -> None:
     network = networks.integer_network(shape, 4, 0.2, seed=0)
     stem = 3 * 9 * 2 * 36  # once: the same at every step
     shortcut = 2 * 3 * 9  # of the stream, which is not the same at every step
-    assert networks.macs(network) == stem + 2 * (2 * (2 * 9 * 2 * 36) + 2 * 9 * 3 * 9 + 3 * 9 * 3 * 9 + shortcut)
+    assert network.macs == stem + 2 * (2 * (2 * 9 * 2 * 36) + 2 * 9 * 3 * 9 + 3 * 9 * 3 * 9 + shortcut)
 
 
 @pytest.fixture(scope="module")

@@ -31,38 +31,21 @@ from mdsnn.hwsim.crossbar import (
     program,
 )
 from mdsnn.hwsim.mapping import Layer, StreamOp, Workload, from_network, row_tiles
-from mdsnn.kernels import Engine, IntegerNetwork, reference
+from mdsnn.kernels import Engine, reference
 from mdsnn.kernels.engine import NodeBackend
 from mdsnn.kernels.errors import ConfigError, InputError
-from mdsnn.kernels.network import Conv, Linear, Readout, Requantize
-from planted import seeded_case
+from mdsnn.kernels.network import Conv, Linear, Readout
+from planted import covering
 
 CHIP = load_chip("fefet32")
 SCHEMES = ("kernel-split", "im2col")
 
 
-def planted() -> list[tuple[IntegerNetwork, np.ndarray]]:
-    """Small planted networks with every node between them, images and events, 2 to 3 steps."""
-    wanted = {"Add", "Requantize", "SumPool", "MaxPool", "Linear", "groups", "stride", "image", "events", "padding"}
-    wanted |= {"codes of a stream that moves"}
-    cases = []
-    for seed in range(400):
-        network, pixels = seeded_case(seed, samples=3, max_channels=8, max_timesteps=3)
-        kinds = {type(node).__name__ for node in network.nodes} | {network.input.coding}
-        for node in network.nodes:
-            if isinstance(node, Conv):
-                kinds |= {n for n, v in (("groups", node.groups > 1), ("stride", node.stride > 1)) if v}
-                kinds |= {"padding"} if node.padding else set()
-            if isinstance(node, Requantize) and not network.proof.static[node.name] and network.timesteps > 2:
-                kinds |= {"codes of a stream that moves"}
-        if kinds & wanted and pixels.any() and network.timesteps > 1:
-            wanted -= kinds
-            cases.append((network, pixels))
-    assert not wanted
-    return cases
-
-
-CASES = planted()
+WANTED = {"Add", "Requantize", "SumPool", "MaxPool", "Linear", "groups", "stride", "image", "events", "padding"}
+CASES = covering(
+    WANTED | {"codes of a stream that moves"}, 400, least_timesteps=2, samples=3, max_channels=8, max_timesteps=3
+)
+"""Small networks with every node between them, images and events, 2 to 3 steps."""
 
 
 class Recorder:

@@ -68,7 +68,7 @@ from mdsnn.kernels.network import (
     Readout,
     Requantize,
 )
-from planted import seeded_case
+from planted import covering
 
 CHIP = load_chip("fefet32")
 SPIKESIM = load_chip("spikesim65")
@@ -83,21 +83,9 @@ NINE = Precision("nine", 9, 9, True)
 OURS = {"OWN": OWN, "NINE": NINE, "BITS4": BITS4, "BITS8": BITS8, "FP24": FP32_SIGNIFICAND24, "FP32": FP32_BITS32}
 
 
-def planted() -> list[tuple[IntegerNetwork, np.ndarray]]:
-    """Networks that have, between them, groups, both BN forms, adds, shortcuts, pools, linear layers and events."""
-    cases, wanted = [], {"Add", "Requantize", "SumPool", "MaxPool", "Linear", "BnDense", "BnAffine", "groups", "events"}
-    for seed in range(300):
-        network, pixels = seeded_case(seed, max_channels=31, max_timesteps=3)
-        kinds = {type(node).__name__ for node in network.nodes} | {network.input.coding}
-        kinds |= {"groups" for node in network.nodes if isinstance(node, Conv) and node.groups > 1}
-        if kinds & wanted and pixels.any():
-            wanted -= kinds
-            cases.append((network, pixels))
-    assert not wanted
-    return cases
-
-
-CASES = planted()
+WANTED = {"Add", "Requantize", "SumPool", "MaxPool", "Linear", "BnDense", "BnAffine", "groups", "events"}
+CASES = covering(WANTED, 300, max_channels=31, max_timesteps=3)
+"""Networks that have, between them, groups, both BN forms, adds, shortcuts, pools, linear layers and events."""
 
 
 def load_for(network: IntegerNetwork, pixels: np.ndarray, chip: Chip) -> tuple[Workload, Load]:
