@@ -54,6 +54,7 @@
 #include "epilogue.h"
 #include "wide.h"
 #ifdef MDSNN_WITH_TILES
+#include "follow.h"
 #include "tiles.h"
 #endif
 #include "fused.h"

@@ -1,0 +1,244 @@
+/* follow.h: bn, residual add and LIF behind the tiles of tiles.h, a step of a few pixels and 32 channels at a time.
+ *
+ * Definitions: kernels/reference.py:bn_affine, residual_add, lif_step. This file agrees with them bit for bit
+ * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The stream is 16 bits here; what has no case
+ * of its own goes to epilogue.h. The caller puts these steps between its products, so that the matrix unit and the
+ * vector unit work side by side.
+ */
+
+#define TILE 16
+#define PAIR 32
+
+/* Of bn, in the order of the sums; of the LIF, on h + 2**15 without sign: a word is in bucket
+ * min(word - base, last) >> bucket, never below the first. */
+typedef struct NAME(constants) {
+    __m512i multiplier_0, multiplier_1, offset_0, offset_1, shift_0, shift_1, bottom, top;
+    __m512i v_th, base, reset, last, bucket, threshold, decode, start;
+    const int32_t *table; /* or mdsnn_op.code_decode */
+} NAME(constants);
+
+/* What the 32 channels from `first` on need after their sums. */
+typedef struct NAME(follow) {
+    const frame *f;
+    const mdsnn_op *op;
+    const NAME(lif_constants_i16) *k;
+    view other, out, spikes; /* each begins at channel `first` */
+    int steps, first;
+    int plain;     /* 1: a case for epilogue.h */
+    int mixed;     /* 1: the second half of the sums is 16 times itself and the first half */
+    int16_t *room; /* its rows after bn */
+    int32_t *rows; /* its sums, in order, 64 to a step */
+    int64_t *counts; /* spikes of each step, or null */
+    int room_for;    /* pixels that may still be added to: */
+    __m256i fired[MDSNN_STEPS]; /* spikes of each step and channel, at most 255 */
+    NAME(constants) c;
+} NAME(follow);
+
+/* A pixel of a batch: its sums [t][half][16], and where its first step lies in the values. */
+typedef struct NAME(slot) {
+    const int32_t *sums;
+    const int16_t *add;
+    int16_t *to;
+    uint8_t *s;
+} NAME(slot);
+
+enum { NAME(slots) = 2 * TILE }; /* pixels of two groups */
+
+/* A few groups of tiles. */
+typedef struct NAME(batch) {
+    NAME(follow) *e;
+    int slots; /* its pixels; 0: nothing to do */
+    NAME(slot) slot[NAME(slots)];
+} NAME(batch);
+
+/* Where bn and LIF of a batch are: all steps of four pixels come before the next four. */
+typedef struct NAME(cursor) {
+    const NAME(slot) *slot, *end;
+    int t;
+    __m512i decoded[4];
+} NAME(cursor);
+
+/* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
+ * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds
+ * lie in buckets or, where `table` says so, in a table, nothing kept. */
+static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, NAME(follow) *e,
+                                                                     NAME(cursor) *at, int many, int narrow, int adds,
+                                                                     int stores, int fires, int table)
+{
+    const ptrdiff_t t = at->t, add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
+    __m256i fired = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int j = 0; j < many; j++) {
+        const NAME(slot) *slot = at->slot + j;
+        __m512i low = _mm512_loadu_si512(slot->sums + t * PAIR);
+        __m512i high = _mm512_loadu_si512(slot->sums + t * PAIR + TILE);
+        if (e->mixed) /* 16 times the weights of these outputs and those of the others were one byte */
+            high = _mm512_srai_epi32(_mm512_sub_epi32(high, low), 4);
+        if (narrow) { /* multipliers are pairs of 16 bits, the second one 0 */
+            low = _mm512_dpwssd_epi32(c->offset_0, low, c->multiplier_0);
+            high = _mm512_dpwssd_epi32(c->offset_1, high, c->multiplier_1);
+        } else {
+            low = _mm512_add_epi32(_mm512_mullo_epi32(low, c->multiplier_0), c->offset_0);
+            high = _mm512_add_epi32(_mm512_mullo_epi32(high, c->multiplier_1), c->offset_1);
+        }
+        low = _mm512_srav_epi32(low, c->shift_0);
+        high = _mm512_srav_epi32(high, c->shift_1);
+        __m512i v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
+        if (adds)
+            v = _mm512_add_epi16(v, _mm512_loadu_si512(slot->add + add_at));
+        if (stores)
+            _mm512_storeu_si512(slot->to + to_at, v);
+        if (fires) {
+            __m512i h = _mm512_add_epi16(v, at->decoded[j]);
+            __mmask32 still = _mm512_cmple_epu16_mask(h, c->v_th);
+            __m256i spikes = _mm256_mask_mov_epi8(_mm256_set1_epi8(1), still, _mm256_setzero_si256());
+            _mm256_storeu_si256((__m256i *)(slot->s + s_at), spikes);
+            fired = _mm256_add_epi8(fired, spikes);
+            __m512i u = _mm512_mask_subs_epu16(c->reset, still, h, c->base);
+            u = _mm512_min_epu16(u, c->last);
+            if (table) {
+                const __m512i zero = _mm512_setzero_si512(); /* words apart and together again keep their order */
+                low = _mm512_i32gather_epi32(_mm512_unpacklo_epi16(u, zero), c->table, 4);
+                high = _mm512_i32gather_epi32(_mm512_unpackhi_epi16(u, zero), c->table, 4);
+                u = _mm512_packs_epi32(_mm512_srai_epi32(low, 16), _mm512_srai_epi32(high, 16));
+                at->decoded[j] = _mm512_xor_si512(u, _mm512_set1_epi16((short)0x8000));
+            } else {
+                __m512i i = _mm512_srlv_epi16(u, c->bucket);
+                __mmask32 reached = _mm512_cmpge_epu16_mask(u, _mm512_permutexvar_epi16(i, c->threshold));
+                i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
+                at->decoded[j] = _mm512_permutexvar_epi16(i, c->decode);
+            }
+        }
+    }
+    if (fires)
+        e->fired[t] = _mm256_add_epi8(e->fired[t], fired);
+}
+
+/* One step of the next four pixels; or of the next one. */
+static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(constants) *c, NAME(follow) *e,
+                                                                    NAME(cursor) *at, int narrow, int adds, int stores,
+                                                                    int fires, int table)
+{
+    int many = at->end - at->slot >= 4 ? 4 : at->end - at->slot >= 2 ? 2 : 1;
+    if (many == 4)
+        NAME(follow_slots)(c, e, at, 4, narrow, adds, stores, fires, table);
+    else if (many == 2)
+        NAME(follow_slots)(c, e, at, 2, narrow, adds, stores, fires, table);
+    else
+        NAME(follow_slots)(c, e, at, 1, narrow, adds, stores, fires, table);
+    if (++at->t == e->steps) {
+        at->t = 0;
+        at->slot += many;
+        at->decoded[0] = at->decoded[1] = at->decoded[2] = at->decoded[3] = c->start;
+    }
+}
+
+/* Adds the spikes of all pixels so far to the counts. */
+static void NAME(count_fired)(NAME(follow) *e)
+{
+    e->room_for = UINT8_MAX;
+    if (!e->counts)
+        return;
+    int channels = e->spikes.channels - e->first;
+    __mmask32 there = channels < PAIR ? (1u << channels) - 1 : UINT32_MAX; /* the others may fire, too */
+    for (int t = 0; t < e->steps; t++) {
+        __m256i sums = _mm256_sad_epu8(_mm256_maskz_mov_epi8(there, e->fired[t]), _mm256_setzero_si256());
+        __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        e->counts[t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+        e->fired[t] = _mm256_setzero_si256();
+    }
+}
+
+/* Adds the `pixels` pixels of a group from (y, x) on. */
+static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int x, int pixels)
+{
+    const NAME(follow) *e = batch->e;
+    NAME(slot) slot = {sums, (const int16_t *)e->other.at + y * e->other.row + x * e->other.pixel,
+                       (int16_t *)e->out.at + y * e->out.row + x * e->out.pixel,
+                       e->spikes.at + y * e->spikes.row + x * e->spikes.pixel};
+    for (int j = 0; j < pixels; j++) {
+        batch->slot[batch->slots++] = slot;
+        slot.sums += (ptrdiff_t)e->steps * PAIR;
+        slot.add += e->other.pixel;
+        slot.to += e->out.pixel;
+        slot.s += e->spikes.pixel;
+    }
+}
+
+/* Any other case, by epilogue.h: the `pixels` pixels of a group from (y, x) on. */
+APART static void NAME(follow_plain)(const NAME(follow) *e, const int32_t *sums, int y, int x, int pixels)
+{
+    for (ptrdiff_t row = 0; row < (ptrdiff_t)pixels * e->steps; row++)
+        for (int c = 0; c < PAIR; c += 4)
+            memcpy(e->rows + row * BLOCK + c, sums + row * PAIR + (c & 4 ? TILE : 0) + c / 8 * 4, 4 * sizeof *sums);
+    NAME(epilogue)(e->f, e->op, e->k, e->rows, 1, e->room, y, x, pixels, e->first, PAIR);
+}
+
+static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
+{
+    const mdsnn_op *bn = op->bn, *fire = op->fire;
+    memset(e, 0, sizeof *e);
+    e->f = f;
+    e->op = op;
+    e->k = k;
+    e->steps = steps_of(f, op);
+    if (op->other >= 0)
+        e->other = view_of(f, op->other);
+    if (op->out >= 0)
+        e->out = view_of(f, op->out);
+    if (fire)
+        e->spikes = view_of(f, fire->out);
+    e->c.top = _mm512_set1_epi16((short)bn->saturation);
+    e->c.bottom = _mm512_set1_epi16((short)-bn->saturation);
+    const __m512i sign = _mm512_set1_epi16((short)0x8000);
+    e->c.v_th = _mm512_xor_si512((__m512i)k->v_th, sign);
+    e->c.start = _mm512_xor_si512((__m512i)k->decode_zero, sign);
+    if (fire && fire->buckets) {
+        int32_t last = (MDSNN_BUCKETS << fire->bucket_shift) - 1;
+        e->c.base = _mm512_xor_si512(k->bucket_base, sign);
+        e->c.reset = _mm512_subs_epu16(sign, e->c.base);
+        e->c.last = _mm512_set1_epi16((short)(last < UINT16_MAX ? last : UINT16_MAX));
+        e->c.bucket = _mm512_set1_epi16((short)fire->bucket_shift);
+        e->c.threshold = _mm512_sub_epi16(k->bucket_threshold, k->bucket_base);
+        e->c.decode = _mm512_xor_si512(k->bucket_decode, sign);
+    } else if (fire && fire->search == MDSNN_TABLE) {
+        e->c.base = _mm512_xor_si512(_mm512_set1_epi16((short)fire->code_base), sign);
+        e->c.reset = _mm512_subs_epu16(sign, e->c.base);
+        e->c.last = _mm512_set1_epi16((short)(fire->code_count - 1));
+        e->c.reset = _mm512_min_epu16(e->c.reset, e->c.last);
+        e->c.table = fire->code_decode;
+    }
+    if (fire && f->plan->values[fire->out].counter >= 0)
+        e->counts = f->call->counts + (ptrdiff_t)f->plan->values[fire->out].counter * f->call->steps + f->first_step;
+    e->room_for = UINT8_MAX;
+    e->plain = f->plan->stream_type != MDSNN_I16 || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
+               (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
+                         !(fire->buckets || fire->search == MDSNN_TABLE)));
+}
+
+/* Go to the channels from `first` on. */
+static void NAME(follow_channels)(NAME(follow) *e, int first)
+{
+    const mdsnn_op *bn = e->op->bn;
+    ptrdiff_t ahead = first - e->first;
+    e->first = first;
+    e->other.at += e->other.at ? ahead * 2 : 0;
+    e->out.at += e->out.at ? ahead * 2 : 0;
+    e->spikes.at += e->spikes.at ? ahead : 0;
+    if (e->plain)
+        return;
+    const __m512i half = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
+    const __m512i order[2] = {half, _mm512_add_epi32(half, _mm512_set1_epi32(4))};
+    const int32_t *from[3] = {bn->multiplier + first, bn->offset_32 + first, bn->shift_32 + first};
+    __m512i *to[3][2] = {{&e->c.multiplier_0, &e->c.multiplier_1},
+                         {&e->c.offset_0, &e->c.offset_1},
+                         {&e->c.shift_0, &e->c.shift_1}};
+    for (int i = 0; i < 3; i++)
+        for (int half = 0; half < 2; half++)
+            *to[i][half] = _mm512_permutex2var_epi32(_mm512_loadu_si512(from[i]), order[half],
+                                                     _mm512_loadu_si512(from[i] + TILE));
+    if (bn->short_product) {
+        e->c.multiplier_0 = _mm512_and_si512(e->c.multiplier_0, _mm512_set1_epi32(0xFFFF));
+        e->c.multiplier_1 = _mm512_and_si512(e->c.multiplier_1, _mm512_set1_epi32(0xFFFF));
+    }
+}
