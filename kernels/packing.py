@@ -178,11 +178,11 @@ def safe_entries(slabs: Array, most: int) -> int:
         for slab in slabs:
             reached = slab >= levels if sign > 0 else slab <= levels
             many = reached.view(np.uint8).sum(axis=1, dtype=np.uint8).astype(np.int16)
-            fewest = 0
+            fewest, middle = 0, most
             while most > fewest:  # fewest fit; more than most do not
-                middle = most if fewest == 0 else (most + fewest + 1) // 2
-                fits = int(np.minimum(many, middle).sum(axis=0).max()) * step <= limit
+                fits = int(np.minimum(many, middle).sum(axis=0, dtype=np.int16).max()) * step <= limit
                 fewest, most = (middle, most) if fits else (fewest, middle - 1)
+                middle = (most + fewest + 1) // 2
     return most
 
 
