@@ -289,14 +289,19 @@ def load(path: str | os.PathLike[str]) -> IntegerNetwork:
     return from_bytes(read_bounded(path, MAX_FILE, what="artifact (.mdsnn)"), text)
 
 
-def builtin(name: str, suffix: str) -> bytes:
-    """Bytes of a file that ships in the package; raises InputError listing what there is."""
+def builtins(suffix: str) -> list[str]:
+    """What ships in the package with files of this ending: "builtin:digits"."""
     folder = resources.files("mdsnn").joinpath("assets")
     there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    if name + suffix not in there:
-        names = ", ".join(BUILTIN + file.removesuffix(suffix) for file in there if file.endswith(suffix))
-        raise InputError(f"{BUILTIN}{name}: no such built-in; there is {names or 'none'}")
-    return folder.joinpath(name + suffix).read_bytes()
+    return [BUILTIN + name.removesuffix(suffix) for name in there if name.endswith(suffix)]
+
+
+def builtin(name: str, suffix: str) -> bytes:
+    """Bytes of a file that ships in the package; raises InputError listing what there is."""
+    there = builtins(suffix)
+    if BUILTIN + name not in there:
+        raise InputError(f"{BUILTIN}{name}: no such built-in; there is {', '.join(there) or 'none'}")
+    return resources.files("mdsnn").joinpath("assets", name + suffix).read_bytes()
 
 
 __all__ = [
@@ -304,6 +309,7 @@ __all__ = [
     "FORMAT_VERSION",
     "LayerSize",
     "builtin",
+    "builtins",
     "digest",
     "from_bytes",
     "layer_sizes",

@@ -335,12 +335,15 @@ def unknown(what: str, name: str, choices: Collection[str]) -> str:
     return f"unknown {what} {name!r}; choose from {', '.join(choices)}{f'. Did you mean {near[0]!r}?' if near else ''}"
 
 
-def check_name(name: str) -> str:
-    """The key of `DATASETS` that `name` means, whatever its case, dashes or underscores; else ConfigError."""
+def check_name(name: str, others: Collection[str] = ()) -> str:
+    """The key of `DATASETS` that `name` means, whatever its case, dashes or underscores; else ConfigError.
+
+    others  what else the caller takes, for the message
+    """
     plain = {key.replace("-", ""): key for key in DATASETS}
     key = plain.get(str(name).lower().replace("-", "").replace("_", ""))
     if key is None:
-        raise ConfigError(unknown("data", str(name).lower(), sorted(DATASETS)))
+        raise ConfigError(unknown("data", str(name).lower(), [*others, *sorted(DATASETS)]))
     return key
 
 

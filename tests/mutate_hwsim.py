@@ -93,12 +93,15 @@ class Mutant:
     kind: str
     before: str
     after: str
+    text: str
+    nth: int
     code: CodeType
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What names it in the list of equivalent mutants: lines may move."""
-        return self.file, self.function, self.before, self.after
+    def key(self) -> tuple[str, str, str, str, str, int]:
+        """What names it in the list of equivalent mutants: lines may move, so it is the line's text, and which of the
+        equal changes on that line, from 1 on."""
+        return self.file, self.function, self.text, self.before, self.after, self.nth
 
 
 # ------------------------------------------------------------------------------------------------------ changes
@@ -155,6 +158,8 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     """Every mutant of a file's text that is another program, in the order of the text."""
     tree = ast.parse(text)
     found: list[Mutant] = []
+    lines = text.splitlines()
+    twins: collections.Counter[tuple[int, str, str]] = collections.Counter()
     original = compile(tree, file, "exec")
     path = str(SOURCE / file)
 
@@ -173,7 +178,10 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
                     _put(node, field, place, value, child)
                     if code.co_code != original.co_code or code.co_consts != original.co_consts:
                         shown = _shown(child, changed)
-                        found.append(Mutant(file, at, where, kind, *shown, code))
+                        twins[at, *shown] += 1
+                        found.append(
+                            Mutant(file, at, where, kind, *shown, lines[at - 1].strip(), twins[at, *shown], code)
+                        )
                 visit(child, where, at)
 
     visit(tree, "", 1)
@@ -487,9 +495,11 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {text}", file=sys.stderr, flush=True)
 
-    known = {tuple(entry[:4]): entry[4] for entry in json.loads(EQUIVALENT.read_text())} if EQUIVALENT.exists() else {}
+    known = {tuple(entry[:6]): entry[6] for entry in json.loads(EQUIVALENT.read_text())} if EQUIVALENT.exists() else {}
     first, every = (int(part) for part in options.share.split("/"))
     mutants = [mutant for file in options.files for mutant in mutants_of(file, (SOURCE / file).read_text())]
+    for lost in sorted({key for key in known if key[0] in options.files} - {mutant.key for mutant in mutants}):
+        say(f"{EQUIVALENT.name} names no mutant: {lost}")
     if options.functions:
         mutants = [mutant for mutant in mutants if mutant.function in options.functions]
     mutants = mutants[first - 1 :: every]
@@ -512,7 +522,7 @@ def main(arguments: list[str] | None = None) -> int:
             fate, reason = ("killed" if spared is not None and name not in spared else bench.judge(mutant)), ""
             if fate == "survived" and mutant.key in known:
                 fate, reason = "equivalent", known[mutant.key]
-            fields = {name: value for name, value in vars(mutant).items() if name != "code"}
+            fields = {name: value for name, value in vars(mutant).items() if name not in ("text", "nth", "code")}
             rows.append(Row(**fields, status=fate, reason=reason))
             if fate == "survived":
                 say(f"survived: {mutant.file}:{mutant.line} {mutant.function}: {mutant.before}  ->  {mutant.after}")

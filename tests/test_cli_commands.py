@@ -89,6 +89,12 @@ def test_export_checks_every_output_before_it_writes_the_first(tmp_path: Path) -
     assert names(tmp_path) == ["vectors/mine.txt"]
 
 
+def test_data_that_is_unknown_lists_what_the_option_takes() -> None:
+    outcome = call("verify", files().artifact, "--data", "nosuch", "--executors", "reference,native")
+    choices = "choose from builtin:digits, FILE.npy, cifar10, cifar100, digits, digits-events, imagefolder"
+    assert_one_line(outcome, 2, "unknown data 'nosuch'", choices)
+
+
 def test_info_tells_what_is_inside() -> None:
     outcome = call("info", files().artifact)
     assert outcome.code == 0

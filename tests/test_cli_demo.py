@@ -63,6 +63,7 @@ def test_the_demo_goes_the_whole_road_and_on_where_it_was_stopped(
     found = json.loads((out / "summary.json").read_text())
     assert found["schema"] == "mdsnn.demo/1"
     assert found["agrees"] is True
+    assert found["peak_memory_MB"] is None or found["peak_memory_MB"] > 20
     assert found["verify"]["differing"] == 0
     assert found["verify"]["samples"] == 12
     assert set(found["accuracy"]["executors"]) == FIVE

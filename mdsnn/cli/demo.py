@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,9 +166,12 @@ def _summary(
     speed: dict[str, Any],
     hardware: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
+    from mdsnn.machine import peak_rss
+
     from . import report
     from .doctor import machine
 
+    peak = peak_rss()
     rows: list[list[str]] = [
         ["accuracy", "teacher (FP32)", _percent(teacher["live_accuracy"])],
         ["accuracy", "W4/U4 student alone, frozen", _percent(plain["frozen_accuracy"])],
@@ -198,7 +200,7 @@ def _summary(
         "seed": seed,
         "agrees": verified["agrees"] and not verified["constants"],
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "peak_memory_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_MB": None if peak is None else peak / 1e6,
         "machine": machine(),
         "accuracy": {
             "teacher": teacher["live_accuracy"],

@@ -196,7 +196,8 @@ def read_data(
         coding: Any = spec.coding
         pixels, _ = load_pixels([data], spec.channels, spec.height, spec.width, coding, network.timesteps)
     else:
-        dataset = extra("train", "mdsnn.data").load(data, data_path)
+        datasets = extra("train", "mdsnn.data")
+        dataset = datasets.load(datasets.check_name(data, [*artifact.builtins("_pixels.npy"), "FILE.npy"]), data_path)
         pixels, labels = dataset.test_x, dataset.test_y
     sample = (spec.channels, spec.height, spec.width)
     if tuple(pixels.shape[-3:]) != sample:
