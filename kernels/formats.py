@@ -33,7 +33,8 @@ SHORTCUT_RANGE_LOG2 = 3
 """A shortcut's codes span about +-2**3 of the real residual stream, whatever their width."""
 INT32_LIMIT = 2**31
 """An intermediate value x is proven to fit 32 bits when |x| < INT32_LIMIT."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 18
+"""Codes worked on at a time: temporaries stay in the cache, and the sum of so many codes of 8 bits in 32 bits."""
 FLOAT32_EXACT = 2**24
 """Sums of integers below this magnitude are exact in float32, in any order."""
 
@@ -86,12 +87,14 @@ def _finite(values: npt.ArrayLike, what: str) -> npt.NDArray[np.float64]:
     return array
 
 
+_SIGNED = [(np.dtype(f"i{size}"), -(2 ** (8 * size - 1)), 2 ** (8 * size - 1) - 1) for size in (1, 2, 4, 8)]
+
+
 def narrowest(lo: int, hi: int) -> np.dtype[Any]:
     """The narrowest signed dtype among int8, int16, int32, int64 that holds lo..hi."""
-    for dtype in (np.int8, np.int16, np.int32, np.int64):
-        info = np.iinfo(dtype)
-        if info.min <= lo and hi <= info.max:
-            return np.dtype(dtype)
+    for dtype, least, most in _SIGNED:
+        if least <= lo and hi <= most:
+            return dtype
     raise FormatError(f"values in {lo}..{hi} need more than 64 bits")
 
 
@@ -135,12 +138,16 @@ def unpack_nibbles(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.
         raise FormatError(f"{packed.size} bytes cannot hold exactly {count} 4-bit codes")
     if count % 2 and packed[-1] >> 4:
         raise FormatError("the padding nibble behind an odd count of 4-bit codes is not 0")
-    signed, codes = packed.view(np.int8), np.empty(count, np.int8)
-    low, high = codes[0::2], codes[1::2]  # in place: a file of gigabytes is unpacked without temporaries
-    np.left_shift(signed, 4, out=low)
-    np.right_shift(low, 4, out=low)
-    np.right_shift(signed[: high.size], 4, out=high)
-    return codes
+    codes = np.empty(2 * packed.size, np.int8)
+    pairs = codes.view("<u2")  # a byte's two codes
+    for first in range(0, packed.size, _BLOCK):
+        pair = pairs[first : first + _BLOCK]
+        pair[...] = packed[first : first + _BLOCK]
+        pair |= pair << np.uint16(4)
+        pair &= np.uint16(0x0F0F)
+        pair ^= np.uint16(0x0808)  # a code + 8
+    np.subtract(codes, np.int8(8), out=codes)
+    return codes if codes.size == count else codes[:count]
 
 
 # ----------------------------------------------------------------------------------------------------- input
@@ -177,13 +184,16 @@ def accumulator_bounds(weight: Array, lo: int, hi: int) -> tuple[npt.NDArray[np.
              channel's positive and negative codes. Every partial sum, in any order, stays inside.
     """
     flat = weight.reshape(weight.shape[0], -1)
-    positive, negative = (np.zeros(flat.shape[0], np.int64) for _ in range(2))
+    total, size = (np.zeros(flat.shape[0], np.int64) for _ in range(2))  # S+ + S- and S+ - S-
+    codes = flat.dtype == np.int8
     rows = max(1, _BLOCK // max(1, flat.shape[1]))
-    for row in range(0, flat.shape[0], rows):  # in blocks: the temporaries stay small beside a large weight
+    for row in range(0, flat.shape[0], rows):
         for column in range(0, flat.shape[1], _BLOCK):
             block = flat[row : row + rows, column : column + _BLOCK]
-            positive[row : row + rows] += np.maximum(block, 0).sum(axis=1, dtype=np.int64)
-            negative[row : row + rows] += np.minimum(block, 0).sum(axis=1, dtype=np.int64)
+            sizes = np.abs(block).view(np.uint8) if codes else np.abs(block.astype(np.int64))  # |-128| is 128, unsigned
+            total[row : row + rows] += block.sum(axis=1, dtype=np.int32 if codes else np.int64)
+            size[row : row + rows] += sizes.sum(axis=1, dtype=np.int32 if codes else np.int64)
+    positive, negative = (size + total) >> 1, (total - size) >> 1
     return hi * negative + lo * positive, hi * positive + lo * negative
 
 

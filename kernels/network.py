@@ -96,7 +96,7 @@ class Node:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the nodes this one reads, in order."""
-        return tuple(getattr(self, name) for name in _SOURCES.get(type(self), ()))
+        return tuple([getattr(self, name) for name in _SOURCES.get(type(self), ())])
 
 
 @dataclass(frozen=True)
@@ -589,9 +589,9 @@ class _Prover:
         top = delta(node.bits)
         decode = self._shape(node, "decode", (2 * top + 1,))
         thresholds = self._shape(node, "thresholds", (2 * top,))
-        if np.any(np.diff(thresholds.astype(np.int64)) < 0):
+        if (thresholds[1:] < thresholds[:-1]).any():
             self._fail(node, "its thresholds descend")
-        if np.any(np.diff(decode.astype(np.int64)) < 0):
+        if (decode[1:] < decode[:-1]).any():
             self._fail(node, "its decode table descends")
         if node.reset not in ("hard", "soft"):
             self._fail(node, f"reset {node.reset!r} is none of hard, soft")

@@ -1,10 +1,10 @@
-"""A known-answer test of the C engine at one instruction set: 64 small networks and what the reference says of them.
+"""A known-answer test of the C engine at one instruction set: 16 small networks and what the reference says of them.
 
 A compiler at fault, an emulator, or a processor that does not do what it says would give other integers in silence.
 So a level is tried before its first use (native.py), and left alone where it fails. The networks are made here by a
-fixed rule, so that they are the same on every machine; their thresholds lie among the values that membranes reach,
-their channels stand about the width of a vector. `ANSWERS` holds a CRC-32 of h, s, q and logits of each, from the NumPy
-reference: `python -m mdsnn.kernels.selftest` prints them, and a test compares.
+fixed rule, so that they are the same on every machine; their channels stand about the width of a vector. Of each LIF
+`PLANTED` holds a v_th and a threshold that its membranes meet, `ANSWERS` holds a CRC-32 of h, s, q and logits of each
+network, both from the NumPy reference: `python -m mdsnn.kernels.selftest` prints them, and a test compares.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ from .network import (
     SumPool,
 )
 
-NETWORKS = 64
+NETWORKS = 16
 """How many there are."""
-_CHANNELS = (17, 64, 3, 33, 65, 16, 48, 1)
-_STEPS = (2, 4, 1, 3, 5, 4)
-_BITS = (4, 2, 8, 5, 4, 3, 6, 7)
+SAMPLES = 2
+"""How many each runs."""
+# The periods below are chosen so that most pairs of features meet; tests/test_kernels_selftest.py looks for them.
+_CHANNELS = (48, 64, 3, 17, 33, 65, 1, 16)
+_STEPS = (2, 4, 1, 3, 5, 18, 4)
+_BITS = (5, 4, 6, 2, 3, 8, 7, 4)
 
 Pixels = npt.NDArray[np.uint8]
+_Size = tuple[int, int]
 
 
 class _Draws:
@@ -70,106 +74,147 @@ class _Draws:
 
 
 class _Builder:
-    """Network `number`. Each of its features comes with a period of its own, so that they meet in many ways."""
+    """Network `number`: a stem, two blocks, a head. What varies has a period of its own, by the network or by its
+    layers, so that features meet in many ways."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, planted: tuple[int, ...]) -> None:
         self.number, self.draws, self.nodes = number, _Draws(number + 1), list[Node]()
-        self.bits = _BITS[number % 8]
+        self.planted = planted
         self.span: dict[str, tuple[int, int]] = {}
+        self.layers = self.lifs = 0
 
     def add(self, node: Node, lo: int, hi: int) -> str:
         self.nodes.append(node)
         self.span[node.name] = (lo, hi)
         return node.name
 
-    def weight(self, *shape: int) -> Array:
-        """Codes of the layer; of a large one the same 4,093 again and again, a prime, so that no two rows are alike."""
-        top = 2 ** (self.bits - 1) - 1
-        count = math.prod(shape)
-        drawn = self.draws.integers(-top, top, (min(count, 4093),)).astype(np.int8)
-        return np.resize(drawn, shape)
+    def weight(self, *shape: int) -> tuple[Array, int]:
+        """Codes of the next layer, and their bits; of a large one the same 4,093 codes again and again, a prime, so
+        that no two rows are alike."""
+        bits = _BITS[(5 * self.number + 5 * self.layers + 1) % 8]
+        top, self.layers = 2 ** (bits - 1) - 1, self.layers + 1
+        lowest = 0 if (self.number + 3 * self.layers) % 5 == 2 else -top  # of one sign: sums beyond 16 bits
+        drawn = self.draws.integers(lowest, top, (min(math.prod(shape), 4093),)).astype(np.int8)
+        return np.resize(drawn, shape), bits
 
     def conv(self, source: str, outs: int, ins: int, kernel: int, stride: int = 1, groups: int = 1) -> str:
         """A convolution with half its kernel as padding, and its bn."""
         name = f"conv{len(self.nodes)}"
-        weight = self.weight(outs, ins // groups, kernel, kernel)
-        self.add(Conv(name, source, weight, self.bits, stride, kernel // 2, groups), 0, 0)
+        weight, bits = self.weight(outs, ins // groups, kernel, kernel)
+        self.add(Conv(name, source, weight, bits, stride, kernel // 2, groups), 0, 0)
         return self.bn(name, weight, self.span[source])
 
     def bn(self, source: str, weight: Array, span: tuple[int, int]) -> str:
-        """To a stream of some hundreds; every third network's by table if it is small, every ninth's beyond 32 bits."""
-        name, outs, draws = f"bn_{source}", len(weight), self.draws
+        """To a stream of some hundreds. Every third layer's is a table, if it is small, every other one of these with a
+        step that no line has; every seventh goes beyond 32 bits."""
+        name, outs, draws, turn = f"bn_{source}", len(weight), self.draws, 2 * self.number + self.layers
         lo, hi = accumulator_bounds(weight, *span)
         spread = np.maximum(hi - lo, 1) // 6 + 1
-        if self.number % 3 == 0 and int((hi - lo + 1).sum()) < 1 << 16:
+        if turn % 3 == 2 and int((hi - lo + 1).sum()) < 1 << 14:
             sizes = hi - lo + 1
             acc = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes - lo, sizes)
-            table = np.clip(acc * 700 // np.repeat(spread, sizes) + 60, -4096, 4096)
-            return self.add(BnDense(name, source, table), 0, 0)
-        shift = 20 if self.number % 9 == 4 else 8
+            table = acc * 700 // np.repeat(spread, sizes) + np.where(acc > 2, 60 + 41 * (turn % 2), 60)
+            return self.add(BnDense(name, source, np.clip(table, -4096, 4096)), 0, 0)
+        shift = 20 if turn % 7 == 2 else 8
         multiplier = (draws.integers(200, 700, (outs,)) << shift) // spread * (1 - 2 * draws.integers(0, 1, (outs,)))
-        offset = draws.integers(-200, 300, (outs,)) << shift
+        offset = (draws.integers(-200, 300, (outs,)) << shift) - multiplier * ((lo + hi) // 4)
         return self.add(BnAffine(name, source, multiplier, offset, np.full(outs, shift)), 0, 0)
 
     def lif(self, source: str, reach: int = 1) -> str:
-        """Thresholds and v_th inside the stream's common values, times `reach`."""
-        top, draws = 2 ** (self.bits - 1) - 1, self.draws
+        """Thresholds inside the stream's common values, times `reach`; one of them, and v_th, as they are planted."""
+        turn, draws = self.number + 3 * self.lifs, self.draws
+        bits = 7 if reach > 1 and self.number % 2 else _BITS[(self.number + self.lifs) % 8]
+        top = 2 ** (bits - 1) - 1
         decode = np.sort(draws.integers(-250, 250, (2 * top + 1,)))
-        thresholds = np.sort(draws.integers(-300, 300, (2 * top,))) * reach
-        name, v_th = f"lif{len(self.nodes)}", int(draws.integers(20, 200, (1,))[0]) * reach
-        if self.number % 7 == 3:
-            node = Lif(name, source, self.bits, decode, thresholds, v_th, "soft", v_th // 2 + 1)
-        elif self.number % 7 == 5:
-            node = Lif(name, source, self.bits, decode, thresholds, v_th, quantize="pre_fire", q_th=top // 2)
+        thresholds = draws.integers(-300, 300, (2 * top,)) * reach
+        if bits == 7 and reach > 1:  # so far apart that no table of codes serves
+            thresholds[0] = -100_000
+        name, v_th = f"lif{len(self.nodes)}", 100 * reach
+        if 2 * self.lifs < len(self.planted):
+            v_th, thresholds[-1] = self.planted[2 * self.lifs : 2 * self.lifs + 2]
+        thresholds, self.lifs = np.sort(thresholds), self.lifs + 1
+        if turn % 7 == 3:
+            node = Lif(name, source, bits, decode, thresholds, v_th, "soft", v_th // 2 + 1)
+        elif turn % 7 == 5:
+            node = Lif(name, source, bits, decode, thresholds, v_th, quantize="pre_fire", q_th=top // 2)
         else:
-            node = Lif(name, source, self.bits, decode, thresholds, v_th)
+            node = Lif(name, source, bits, decode, thresholds, v_th)
         return self.add(node, 0, 1)
+
+    def block(self, kind: int, spikes: str, stream: str, wide: int, size: _Size) -> tuple[str, int, _Size]:
+        """Some layers behind `spikes`, which `stream` gave: their stream, its channels and size."""
+        halved = size[0] // 2, size[1] // 2
+        match kind:
+            case 0:  # a residual add
+                inside = _CHANNELS[(3 * self.number + 6) % 8]
+                inner = self.conv(self.lif(self.conv(spikes, inside, wide, 3)), wide, inside, 3)
+                return self.add(Add(f"out{len(self.nodes)}", inner, stream), 0, 0), wide, size
+            case 1:  # half the size
+                codes = self.add(Requantize(f"codes{len(self.nodes)}", stream, 5, 8), -127, 127)
+                skip, more = self.conv(codes, wide + 3, wide, 1, 2), self.conv(spikes, wide + 3, wide, 3, 2)
+                rounded_up = (size[0] + 1) // 2, (size[1] + 1) // 2
+                return self.add(Add(f"out{len(self.nodes)}", more, skip), 0, 0), wide + 3, rounded_up
+            case 2 if self.number % 4:  # counts
+                counts = self.add(SumPool(f"pool{len(self.nodes)}", spikes, 2, 2, 2), 0, 4)
+                return self.conv(counts, wide, wide, 3, groups=wide if self.number % 2 else 1), wide, halved
+            case 2:
+                pooled = self.add(MaxPool(f"pool{len(self.nodes)}", spikes, 2, 2), 0, 1)
+                return self.conv(pooled, wide + 1, wide, 1), wide + 1, halved
+            case _:  # groups
+                return self.conv(spikes, wide, wide, 3, groups=math.gcd(wide, (wide, 12)[self.number % 2])), wide, size
 
     def build(self) -> tuple[IntegerNetwork, Pixels]:
         number, draws = self.number, self.draws
-        wide, steps = _CHANNELS[number % 8], _STEPS[number % 6]
-        height, width, colours = 4 + number % 3, 5 + number % 2, 1 + number % 3
-        events = number % 4 == 1
+        kinds = number % 4, number // 4 % 4
+        wide, steps = _CHANNELS[(number + number // 4) % 8], _STEPS[(number + 1) % 7]
+        size, colours, events = (4 + number % 3, 5 + number % 2), 1 + number % 3, number % 5 == 1
         lo, hi = (0, 127) if events else (-128, 127)
         x = self.add(InputTable("input", draws.integers(lo, hi, (colours, 256))), lo, hi)
-        stem = self.conv(x, wide, colours, (3, 1)[number % 2])
-        spikes, stream, shape = self.lif(stem), stem, (height, width)
-        match number % 5:
-            case 0:  # a block with its residual add
-                inner = self.lif(self.conv(spikes, wide, wide, 3))
-                stream = self.add(Add("out", self.conv(inner, wide, wide, 3), stem), 0, 0)
-            case 1:  # one that halves the size
-                codes = self.add(Requantize("codes", stem, 5, 8), -127, 127)
-                skip, shape = self.conv(codes, wide + 3, wide, 1, 2), ((height + 1) // 2, (width + 1) // 2)
-                stream = self.add(Add("out", self.conv(spikes, wide + 3, wide, 3, 2), skip), 0, 0)
-                wide += 3
-            case 2:  # pools
-                pool = SumPool("pool", spikes, 2, 2, 2) if number % 2 else MaxPool("pool", spikes, 2, 2)
-                pooled, shape = self.add(pool, 0, 4 if number % 2 else 1), (height // 2, width // 2)
-                stream, wide = self.conv(pooled, wide + 1, wide, 1), wide + 1
-            case 3:  # groups
-                stream = self.conv(spikes, wide, wide, 3, groups=wide if number % 2 else 1)
-            case _:  # a stream beyond 16 bits
-                stream = self.conv(spikes, wide, wide, 3)
+        spec = InputSpec(colours, *size, "events" if events else "image")
+        frames = (steps, SAMPLES) if events else (SAMPLES,)
+        pixels = draws.integers(0, 255, (*frames, colours, *size)).astype(np.uint8)
+        stream = self.conv(x, wide, colours, (3, 1)[number % 2])
+        x = self.lif(stream)
+        for place, kind in enumerate(kinds):
+            stream, wide, size = self.block(kind, x, stream, wide, size)
+            if place and kinds[0] == kind:  # a stream beyond 16 bits
                 for _ in range(5):
                     stream = self.add(Add(f"sum{len(self.nodes)}", stream, stream), 0, 0)
-        x, features = self.lif(stream, 32 if number % 5 == 4 else 1), wide
+            x = self.lif(stream, 32 if place and kinds[0] == kind else 1)
         if number % 3:
-            x = self.add(SumPool("head", x, *shape), 0, shape[0] * shape[1])
+            x = self.add(SumPool("head", x, *size), 0, size[0] * size[1])
         else:
-            x, features = self.add(Flatten("flat", x), 0, 1), wide * shape[0] * shape[1]
-            weight = self.weight(20, features)
-            x, features = self.lif(self.bn(self.add(Linear("fc", x, weight, self.bits), 0, 0), weight, (0, 1))), 20
-        self.add(Readout("readout", x, self.weight(5, features), self.bits, draws.integers(-99, 99, (5,))), 0, 0)
-        coding = "events" if events else "image"
-        network = IntegerNetwork(tuple(self.nodes), InputSpec(colours, height, width, coding), steps, Grid())
-        frames = (steps, 1) if events else (1,)
-        return network, draws.integers(0, 255, (*frames, colours, height, width)).astype(np.uint8)
+            x, wide = self.add(Flatten("flat", x), 0, 1), wide * size[0] * size[1]
+            weight, bits = self.weight(20, wide)
+            x, wide = self.lif(self.bn(self.add(Linear("fc", x, weight, bits), 0, 0), weight, (0, 1))), 20
+        self.add(Readout("readout", x, *self.weight(5, wide), draws.integers(-99, 99, (5,))), 0, 0)
+        return IntegerNetwork(tuple(self.nodes), spec, steps, Grid()), pixels
 
 
-def network(number: int) -> tuple[IntegerNetwork, Pixels]:
-    """Network `number`, 0..NETWORKS - 1, and one sample for it."""
-    return _Builder(number).build()
+def network(number: int, planted: tuple[int, ...] | None = None) -> tuple[IntegerNetwork, Pixels]:
+    """Network `number`, 0..NETWORKS - 1, and samples for it. `planted`: v_th and a threshold of its first LIFs."""
+    return _Builder(number, PLANTED[number] if planted is None else planted).build()
+
+
+def plant(number: int) -> tuple[int, ...]:
+    """v_th and a threshold for every LIF of network `number`: values that its membranes meet, by the reference.
+
+    Both are met at the first step, where a membrane depends on no v_th but those of LIFs before it; and so is
+    v_th + 1, if there are such two.
+    """
+    planted: tuple[int, ...] = ()
+    while True:
+        made, pixels = network(number, planted)
+        if 2 * len(made.lifs) == len(planted):
+            return planted
+        name = made.lifs[len(planted) // 2].name
+        met = np.unique(_trace(NodeBackend(made, reference, "reference").run(pixels, True)).lifs[name].h[0])
+        fires = met[met > 0]
+        both = fires[np.isin(fires + 1, fires)]
+        fires = both if len(both) else fires
+        v_th = int(fires[len(fires) // 2]) if len(fires) else 0
+        kept = met[met <= v_th]
+        planted += v_th, int(kept[len(kept) // 2]) if len(kept) else 0
 
 
 def _trace(result: Result) -> Trace:
@@ -219,21 +264,41 @@ def _difference(made: IntegerNetwork, pixels: Pixels, got: Trace) -> str:
     return f"the logits are {got.logits.tolist()}, not {want.logits.tolist()}"
 
 
+PLANTED: tuple[tuple[int, ...], ...] = tuple(
+    tuple(map(int, line.split()))
+    for line in """
+    207 -162 135 33 322 -178 31 -279 16212 -3436 108 -53
+    589 -367 221 -17 239 97 225 -39
+    236 -22 201 73 234 -21 348 133
+    475 -136 139 -26 184 -107 174 -65 148 35
+    298 -7 118 45 493 -164 142 -87
+    416 -309 92 -143 6707 -3277
+    208 -126 551 519 212 -3 809 -241
+    355 -277 200 -143 190 -19
+    151 15 153 -16 260 -74 2120 220
+    570 -337 104 -90 249 9 612 259
+    177 -75 199 52 5824 64
+    616 -154 229 -130 174 -124
+    104 -123 306 81 217 -119 423 -66 15 -119
+    468 -283 212 -35 126 -75
+    211 -104 99 -93 393 90
+    133 -331 904 279 16100 -572 314 32
+""".strip().splitlines()
+)
+"""v_th and a threshold of each LIF, a line a network."""
 ANSWERS: tuple[int, ...] = struct.unpack(
     f">{NETWORKS}I",
     bytes.fromhex(
         """
-        9af42b5f 4bf9b127 0ec7a470 75c0fa02 d275c020 9f1754be d7aec4d8 d7917cb3 e6404ef9 75c8b479 288dd881 1e4192ee
-        31a9e19e c63945c4 f7a74f3f 56888261 789822d1 e769cd06 ecf8422b 7371d7ed 78ac1a3f c03bc1cf 5e0e806e a823723d
-        1b6ebda5 2ec2f2ed 5bff017f e66f992d cbea5864 17f4e782 a226dc99 21f4e821 4cd111b6 febbeb28 60bc4c0c b94f1f62
-        15808103 6b593b8c b3627a0b 44160c6d 2f5bc06c 33050953 b9f411b5 2add28d8 00369f53 5568791b 4cc1041a 2fb5932d
-        f53715a2 fbb7da43 e605ee80 c2ff9d4b f940c5f8 dca8474e aa85ef7f 37c389a6 1c2a6880 cb04fe6c bfde07af 6ffe8b30
-        88835fd4 a992c00b 1cc34fa7 d9b24fca
+        0ed45c1d 4a80de9c 7a0c905f f61a57f4 2815cb0e 448ef16d a54aa400 8b76b199 f2a014df 3eb81b7f 2a5aebe5 5d2ebef5
+        a165b17e a0794db4 3620d61e ac3b153c
         """
     ),
 )
 """The checksums."""
 
 if __name__ == "__main__":
+    PLANTED = tuple(plant(number) for number in range(NETWORKS))
+    print("\n".join(" ".join(map(str, planted)) for planted in PLANTED))
     for at, code in enumerate(reference_answers()):
         print(f"{code:08x}", end="\n" if at % 12 == 11 else " ")

@@ -127,6 +127,15 @@ def test_nibbles_round_trip_and_lie_as_documented(codes):
     assert back.tolist() == codes
 
 
+@pytest.mark.parametrize("count", [1, 6, 7, 8, 13, 14, 15, 1001])
+def test_nibbles_of_many_blocks_are_those_of_one(count, monkeypatch):
+    codes = np.random.default_rng(count).integers(-8, 8, count).astype(np.int8)
+    packed = formats.pack_nibbles(codes)
+    for block in (1, 3, 4, 500, 501):
+        monkeypatch.setattr(formats, "_BLOCK", block)
+        assert formats.unpack_nibbles(packed, count).tolist() == codes.tolist()
+
+
 def test_all_256_bytes_unpack_to_two_signed_nibbles():
     codes = formats.unpack_nibbles(np.arange(256, dtype=np.uint8), 512)
     for byte in range(256):
@@ -201,6 +210,18 @@ def test_accumulator_bounds_of_many_blocks_are_those_of_one(monkeypatch):
         monkeypatch.setattr(formats, "_BLOCK", block)
         for got, want in zip(formats.accumulator_bounds(weight, -128, 127), whole, strict=True):
             assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+@pytest.mark.parametrize("code", [-128, -127, 127])
+def test_accumulator_bounds_of_extreme_codes(dtype, code):
+    weight = np.full((2, 300_000), code, dtype)  # more than one block a row
+    weight[1, ::2] = 1
+    lo, hi = formats.accumulator_bounds(weight, 0, 127)
+    plus, minus = (300_000 * code, 0) if code > 0 else (0, 300_000 * code)
+    half = 150_000 * 127
+    assert lo.tolist() == [127 * minus, 127 * minus // 2]
+    assert hi.tolist() == [127 * plus, 127 * plus // 2 + half]
 
 
 SCALES = st.one_of(
