@@ -98,16 +98,19 @@ class _Builder:
         return np.resize(drawn, shape), bits
 
     def conv(self, source: str, outs: int, ins: int, kernel: int, stride: int = 1, groups: int = 1) -> str:
-        """A convolution with half its kernel as padding, and its bn."""
+        """A convolution with half its kernel as padding, and its bn; after every 11th two, whose streams are added."""
         name = f"conv{len(self.nodes)}"
         weight, bits = self.weight(outs, ins // groups, kernel, kernel)
         self.add(Conv(name, source, weight, bits, stride, kernel // 2, groups), 0, 0)
-        return self.bn(name, weight, self.span[source])
+        stream = self.bn(name, weight, self.span[source])
+        if (self.number + self.layers) % 11:
+            return stream
+        return self.add(Add(f"two{len(self.nodes)}", stream, self.bn(name, weight, self.span[source])), 0, 0)
 
     def bn(self, source: str, weight: Array, span: tuple[int, int]) -> str:
         """To a stream of some hundreds. Every third layer's is a table, if it is small, every other one of these with a
         step that no line has; every seventh goes beyond 32 bits."""
-        name, outs, draws, turn = f"bn_{source}", len(weight), self.draws, 2 * self.number + self.layers
+        name, outs, draws, turn = f"bn{len(self.nodes)}", len(weight), self.draws, 2 * self.number + self.layers
         lo, hi = accumulator_bounds(weight, *span)
         spread = np.maximum(hi - lo, 1) // 6 + 1
         if turn % 3 == 2 and int((hi - lo + 1).sum()) < 1 << 14:
@@ -274,10 +277,10 @@ PLANTED: tuple[tuple[int, ...], ...] = tuple(
     298 -7 118 45 493 -164 142 -87
     416 -309 92 -143 6707 -3277
     208 -126 551 519 212 -3 809 -241
-    355 -277 200 -143 190 -19
-    151 15 153 -16 260 -74 2120 220
-    570 -337 104 -90 249 9 612 259
-    177 -75 199 52 5824 64
+    355 -277 200 -143 232 18
+    151 15 153 -16 413 108 1817 767
+    570 -337 149 -35 248 62 563 -198
+    260 -57 170 43 5312 -160
     616 -154 229 -130 174 -124
     104 -123 306 81 217 -119 423 -66 15 -119
     468 -283 212 -35 126 -75
@@ -290,7 +293,7 @@ ANSWERS: tuple[int, ...] = struct.unpack(
     f">{NETWORKS}I",
     bytes.fromhex(
         """
-        0ed45c1d 4a80de9c 7a0c905f f61a57f4 2815cb0e 448ef16d a54aa400 8b76b199 f2a014df 3eb81b7f 2a5aebe5 5d2ebef5
+        0ed45c1d 4a80de9c 7a0c905f f61a57f4 2815cb0e 448ef16d a54aa400 c1a2a68e 7d4cd426 6b69af9a 8ecc6b1c 5d2ebef5
         a165b17e a0794db4 3620d61e ac3b153c
         """
     ),

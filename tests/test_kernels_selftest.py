@@ -170,7 +170,7 @@ def test_faults_of_whatever_code_a_level_runs_are_noticed(
                 if (number, name, what) in noticed:
                     seen[path, what] = seen.get((path, what), False) or noticed[number, name, what]
     methods = {"base": {"pairs"}, "amx": {"tiles"}}.get(level, {"pairs", "bytes"})
-    assert words >= {"events, 8 bits", "events, 16 bits", "grouped", "alone", *methods}
+    assert words >= {"events, 8 bits", "events, 16 bits", "grouped", "plain", "alone", *methods}
     assert words >= {"compared", "table", "bisected"}
     assert len(seen) > 120
     assert sum(seen.values()) >= 0.97 * len(seen), [key for key, one in seen.items() if not one]
