@@ -93,7 +93,7 @@ def fault(level: str) -> str | None:
 
     if level not in isa_levels():  # asking is also what has AMX granted
         return "this machine cannot run it"
-    return selftest.first_fault(lambda network, pixels: NativeBackend(network, level).run(pixels, True))
+    return selftest.first_fault(lambda network: NativeBackend(network, level))
 
 
 @functools.cache

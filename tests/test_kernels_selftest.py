@@ -236,16 +236,35 @@ def test_where_every_level_fails_another_engine_takes_over(broken: set[str], cap
 
 @needs_native
 def test_a_fault_inside_is_told_by_layer_step_and_index() -> None:
-    def spoil(network: Any, pixels: Any) -> Any:
-        result = native.NativeBackend(network, "base").run(pixels, True)
-        last = network.lifs[-1].name
-        result.trace.lifs[last].q[-1, 0, 0, 0, 0] ^= 1
-        return result
+    class Spoilt(native.NativeBackend):
+        def run(self, pixels: Any, trace: bool, threads: int = 1) -> Any:
+            result = super().run(pixels, trace, threads)
+            assert result.trace is not None
+            result.trace.lifs[self.network.lifs[-1].name].q[-1, 0, 0, 0, 0] ^= 1
+            return result
 
-    found = selftest.first_fault(spoil)
+    found = selftest.first_fault(lambda network: Spoilt(network, "base"))
     assert found is not None
     network, _ = selftest.network(0)
     assert found.startswith(f"network 0 of 16: q of '{network.lifs[-1].name}' at ({network.timesteps - 1}, 0, 0, 0, 0)")
+
+
+@needs_native
+@pytest.mark.parametrize("what", ["spikes", "logits"])
+def test_a_fault_of_runs_without_a_trace_is_told(what: str) -> None:
+    class Spoilt(native.NativeBackend):
+        def run(self, pixels: Any, trace: bool, threads: int = 1) -> Any:
+            result = super().run(pixels, trace, threads)
+            if not trace and what == "logits":
+                result.logits[0, 0] += 1
+            elif not trace:
+                result.activity.spikes_out[self.network.lifs[-1].name][-1] += 1
+            return result
+
+    found = selftest.first_fault(lambda network: Spoilt(network, "base"))
+    assert found is not None
+    last = selftest.network(0)[0].lifs[-1].name
+    assert found.startswith(f"network 0 of 16, without a trace: {'the logits are' if what == 'logits' else repr(last)}")
 
 
 @needs_native

@@ -29,7 +29,7 @@ from mdsnn.kernels.network import (
 )
 
 SECONDS = 0.4
-"""A third above what is aimed at (docs/performance.md, "Start"): processor time, on a machine that does other things."""
+"""A third above what is aimed at (docs/performance.md, "Start"): processor time, on a machine that is not quiet."""
 BYTES = {4: 40e6, 8: 48e6}
 """What is aimed at, and so that weights of 8 bits do not grow; docs/performance.md has what is reached."""
 _CHILD = """
