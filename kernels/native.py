@@ -40,7 +40,10 @@ _CONTRACT = 17  # MDSNN_CONTRACT of src/mdsnn.h
 _PARTS = 64  # most threads that share a sample
 _SHARED = 10**8  # dense products of a sample from which on threads share it: 0.2 ms and more
 _REPORT = "please report it with the output of `mdsnn doctor`"
-_CURE = "install a C compiler (gcc or clang), then reinstall: pip install --force-reinstall --no-deps mdsnn"
+_CURE = (
+    "install gcc or clang if neither is there, then, in the folder of mdsnn's sources,"
+    " pip install --force-reinstall --no-deps . (-e . if it was installed so)"
+)
 
 
 @functools.cache

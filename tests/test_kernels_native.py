@@ -99,6 +99,7 @@ def test_an_extension_of_another_version_is_refused(monkeypatch: pytest.MonkeyPa
     native._load.cache_clear()
     try:
         assert "another version" in str(native.missing())
+        assert "pip install --force-reinstall --no-deps . (-e . if it was installed so)" in str(native.missing())
     finally:
         monkeypatch.undo()
         native._load.cache_clear()
