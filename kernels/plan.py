@@ -37,6 +37,7 @@ _CHUNK = 16  # most steps a pass takes: bounds the scratch of a network with man
 _COMPARED = 32  # MDSNN_MAX_COMPARED of src/kernels.h
 _TABLE = 1 << 16  # largest dense table of membrane codes
 _I8, _I16, _I32 = range(3)  # enum mdsnn_type
+_NARROW, _CLAMPED, _WIDE = range(3)  # enum mdsnn_width
 _VECTOR_BYTES = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
 _LIST_BYTES = 1 << 20  # room for a band's lists of spikes, if every neuron fired
 _BAND_BYTES = 1 << 16  # sums of a band of events
@@ -101,6 +102,7 @@ class Group:
     fire: Lif | None = None
     stream: bool = False  # whether anything else reads the stream
     place: int = 0
+    width: int = 0  # enum mdsnn_width
 
     @property
     def result(self) -> str:
@@ -220,21 +222,37 @@ def _widen(network: IntegerNetwork, conv: Conv) -> int | None:
     return None
 
 
-def _narrow_stream(network: IntegerNetwork) -> bool:
-    """Whether every stream value, membrane and membrane constant fits 16 bits."""
+def _within(bounds: tuple[int, int], limit: int = tables.SHORT) -> bool:
+    return -limit <= bounds[0] and bounds[1] <= limit
+
+
+def _long_streams(network: IntegerNetwork, steps: list[Node | Group], limits: dict[str, int | None]) -> set[str]:
+    """Streams that are kept in 32 bits. A plain kernel has one type, and a LIF alone has all bits of h or none."""
     proof = network.proof
-    for node in network.nodes:
-        lo, hi = proof.ranges[node.name]
-        if proof.kinds[node.name] == "stream" and not -32767 <= lo <= hi <= 32767:
-            return False
-        if isinstance(node, Lif):
-            reach = tables.Reach.of(node, proof.membranes[node.name])
-            lo, hi = proof.membranes[node.name]
-            if min(lo, reach.lo, int(node.decode.min())) < -32767 or max(hi, reach.hi, int(node.decode.max())) > 32766:
-                return False
-            if node.v_soft > 32767:
-                return False
-    return True
+    long = {name for name, kind in proof.kinds.items() if kind == "stream" and not _within(proof.ranges[name])}
+    alone = [step for step in steps if not isinstance(step, Group)]
+    for step in alone:
+        if isinstance(step, Lif):
+            limit = limits[step.name]
+            if limit is None or not _within(proof.ranges[step.source], limit):
+                long.add(step.source)
+    tied = [{step.name, *step.inputs} for step in alone if isinstance(step, Add | Flatten)]
+    for _ in tied:
+        for names in tied:
+            if names & long:
+                long |= names
+    return long
+
+
+def _width(network: IntegerNetwork, group: Group, long: set[str], limits: dict[str, int | None]) -> int:
+    """How many bits a fused operation's stream takes (enum mdsnn_width)."""
+    ranges = network.proof.ranges
+    limit = limits[group.fire.name] if group.fire else tables.SHORT
+    by_16_bits = isinstance(group.bn, BnDense) or network.proof.product_bits[group.bn.name] == 64  # how bn is stored
+    if limit is None or (by_16_bits and not _within(ranges[group.bn.name], limit)):
+        return _WIDE
+    short = _within(ranges[group.result], limit) and not {group.result, group.other} & long
+    return _NARROW if short and _within(ranges[group.bn.name]) else _CLAMPED
 
 
 class Plan:
@@ -244,7 +262,6 @@ class Plan:
         self.ffi, self.lib, self.network, self.isa = module.ffi, module.lib, network, isa
         self.keep: list[Any] = []
         self.chunk = min(network.timesteps, _CHUNK)
-        self.stream_type = _I16 if _narrow_stream(network) else _I32
         self.index: dict[str, int] = {}
         self.values: list[_Value] = []
         self.state_bytes = 0
@@ -260,11 +277,14 @@ class Plan:
         self.steps: list[tuple[int, Node | Group]] = [
             (place, groups.get(node.name, node)) for place, node in enumerate(network.nodes) if node.name not in inside
         ]
+        self.limits = {lif.name: tables.limit_of(lif, proof.ranges[lif.source]) for lif in network.lifs}
+        self.long = _long_streams(network, [step for _, step in self.steps], self.limits)
         for place, step in self.steps:
             if isinstance(step, Group):
+                step.width = _width(network, step, self.long, self.limits)
                 if step.stream:
                     self._value(network[step.result], place)
-                    if step.other:
+                    if step.other and self.values[-1].type == self.values[self.index[step.other]].type:
                         self.values[-1].over = self.values[self.index[step.other]]
                 if step.fire is not None:
                     self._value(step.fire, place)
@@ -314,7 +334,7 @@ class Plan:
     def _type(self, node: Node) -> int:
         proof = self.network.proof
         if proof.kinds[node.name] == "stream":
-            return self.stream_type
+            return _I32 if node.name in self.long else _I16
         lo, hi = proof.ranges[node.name]
         return _I8 if proof.kinds[node.name] != "accumulators" and lo >= -128 and hi <= 127 else _I32
 
@@ -535,7 +555,8 @@ class Plan:
         kw = conv.weight.shape[3]
         steps, band = self._steps(group), self._band(group)
         row = out_width * steps * BLOCK
-        after_bn = row << self.stream_type
+        wide = _I16 if group.width == _NARROW else _I32
+        after_bn = row << wide
         if group.method == "events":
             lists = packing.list_bytes(conv, width, steps) * band + 2 * packing.ALIGN
             ring = (band - 1) * conv.stride + conv.weight.shape[2]
@@ -558,7 +579,7 @@ class Plan:
             0,
             8 * up(c_in) // BLOCK * conv.weight.shape[2] * kw,
             (8 * PAIR + BLOCK) * tall * 4,
-            tall * BLOCK << self.stream_type,
+            tall * BLOCK << wide,
         )
 
     def _steps(self, group: Group) -> int:
@@ -629,6 +650,7 @@ class Plan:
             "weight": self.ffi.cast("const int8_t *", packed),
             "bn": bn,
             "fire": fire,
+            "width": group.width,
             "method": method,
             "flush": flush,
             "widen": widen,
@@ -650,7 +672,7 @@ class Plan:
 
     def _code_decode(self, node: Lif, codes: Array) -> Array:
         """Codes in the lower half, what they decode to in the upper one; zeros where that needs more than 16 bits."""
-        if self.stream_type == _I32:
+        if self.limits[node.name] is None:
             return np.zeros(1, np.int64)
         both: Array = node.decode[codes + delta(node.bits)].astype(np.int64) * 65536 + (codes & 0xFFFF)
         return both
@@ -662,7 +684,10 @@ class Plan:
         return narrow and self.network.proof.product_bits.get(node.name) != 64
 
     def _lif(self, node: Lif) -> dict[str, Any]:
-        reach = tables.Reach.of(node, self.network.proof.membranes[node.name])
+        membrane, limit = self.network.proof.membranes[node.name], self.limits[node.name]
+        if limit is not None:  # then the 16 bits of h are all there is to it
+            membrane = max(membrane[0], -tables.SHORT), min(membrane[1], tables.SHORT - 1)
+        reach = tables.Reach.of(node, membrane)
         thresholds = reach.thresholds
         fields: dict[str, Any] = {
             "lif": self.lifs[node.name],
@@ -672,14 +697,15 @@ class Plan:
             "threshold": self._pointer("int32_t", thresholds, np.int32),
             "decode": self._pointer("int32_t", node.decode, np.int32),
             "top": delta(node.bits),
-            "v_th": node.v_th if self.stream_type == _I32 else min(node.v_th, 32767),
+            "v_th": node.v_th if limit is None else min(node.v_th, tables.SHORT),
+            "x_limit": limit or 0,
             "v_soft": node.v_soft,
             "q_th": node.q_th,
             "pre_fire": int(node.quantize == "pre_fire"),
             "soft": int(node.reset == "soft"),
             "state": self._state(int(np.prod(self.network.proof.shapes[node.name]))),
         }
-        buckets = tables.find_buckets(reach, node) if self.stream_type == _I16 else None
+        buckets = tables.find_buckets(reach, node) if limit is not None else None
         if buckets is not None:
             base, shift, *arrays = buckets
             names = ("bucket_threshold", "bucket_code", "bucket_decode")
@@ -692,7 +718,7 @@ class Plan:
             if hi - lo < _TABLE:
                 patterns = tables.spike_patterns(node, np.arange(lo, hi + 1), self.network.timesteps)
                 fields.update(pattern=self._pointer("uint8_t", patterns, np.uint8), pattern_first=lo)
-        cells = tables.find_cells(reach, node) if self.stream_type == _I16 else None
+        cells = tables.find_cells(reach, node) if limit is not None else None
         if cells is not None:
             base, span, factor, *arrays = cells
             fields.update(cells=1, cell_base=base, cell_span=span, cell_factor=factor)
@@ -751,7 +777,6 @@ class Plan:
                 "height": spec.height,
                 "width": spec.width,
                 "classes": self.network.classes,
-                "stream_type": self.stream_type,
                 "chunk": self.chunk,
                 "counters": len(self.counters),
                 "bits": self._pointer("uint8_t", packing.bit_places(), np.uint8),

@@ -41,6 +41,32 @@ class Reach:
         return cls(lo, hi, below - delta(lif.bits), thresholds[below : int((thresholds <= hi).sum())])
 
 
+SHORT = 2**15 - 1
+"""Largest value of a stream of 16 bits, which reaches as far below 0."""
+
+
+def limit_of(lif: Lif, stream: tuple[int, int]) -> int | None:
+    """What the stream may be clamped to on both sides, so that h fits 16 bits and no spike or code changes.
+
+    stream  what the proof gives for what the LIF reads
+    None where there is no such limit. u fits 16 bits, too.
+    """
+    low, high = min(int(lif.decode[0]), 0), max(int(lif.decode[-1]), 0)  # it ascends
+    limit = SHORT - 1 - max(high, -low)
+    first, last = int(lif.thresholds[0]), int(lif.thresholds[-1])
+    if limit < 0 or lif.v_soft > SHORT:
+        return None
+    by_h = lif.quantize == "post_reset"  # what fires
+    if stream[0] < -limit and (high - limit >= first or (by_h and high - limit > lif.v_th)):
+        return None  # the lowest code, and no spike, however h came about
+    if stream[1] > limit:
+        if by_h and limit + low <= lif.v_th:
+            return None
+        if (not by_h or lif.reset == "soft") and limit + low - lif.v_soft < last:
+            return None
+    return limit
+
+
 def find_buckets(reach: Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | None:
     """Buckets of u that hold one threshold each (see mdsnn.h): base, shift, thresholds, codes, decoded codes.
 

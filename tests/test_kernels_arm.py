@@ -88,7 +88,10 @@ def test_the_networks_reach_every_kernel(cases: list[KnownCase]) -> None:
     assert {op.search for op in lifs} == {lib.MDSNN_COMPARE, lib.MDSNN_TABLE, lib.MDSNN_BISECT}
     assert {(op.pre_fire, op.soft) for op in lifs} == {(0, 0), (0, 1), (1, 0)}
     assert {op.wide for op in ops + parts if op.kind == lib.MDSNN_BN_AFFINE} == {0, 1}
-    assert {case.plan.struct.stream_type for case in cases} == {lib.MDSNN_I16, lib.MDSNN_I32}
+    types = {value.type for case in cases for value in case.plan.values}
+    assert types == {lib.MDSNN_I8, lib.MDSNN_I16, lib.MDSNN_I32}
+    widths = {op.width for op in ops if op.kind == lib.MDSNN_FUSED}
+    assert widths == {lib.MDSNN_NARROW, lib.MDSNN_CLAMPED, lib.MDSNN_WIDE}
     assert {case.engine.network.input.coding for case in cases} == {"image", "events"}
 
 

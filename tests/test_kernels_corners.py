@@ -6,11 +6,13 @@ tests/mutate_c.py runs these together with those of test_kernels_bit_exact.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_kernels_bit_exact import ENGINES, check
 
-from mdsnn.kernels import native, packing, plan, tables
+from mdsnn.kernels import Engine, native, packing, plan, tables
 from mdsnn.kernels.formats import Grid
 from mdsnn.kernels.network import (
     Add,
@@ -214,6 +216,71 @@ def test_every_search_and_reset(
     assert (network.proof.ranges["add" if not wide else "more5"][1] > 32767) == wide
     monkeypatch.setattr(plan, "_CHUNK", 3)
     check(network, rng.integers(0, 256, (2, 3, 3, 4), np.uint8), name, monkeypatch)
+
+
+def residual_blocks(channels: int, bits: int, kind: str, grid: Grid, steps: int) -> IntegerNetwork:
+    """Blocks of one convolution that push a third of the channels up and a third down, beyond 16 bits; then a shortcut.
+
+    v_th and some thresholds lie as near the ends of 16 bits as tables.limit_of allows, or near 0, by turns.
+    """
+    rng = np.random.default_rng([channels, bits, len(kind)])
+    top, c, limit = 2 ** (bits - 1) - 1, grid.saturation, 32766 - 400
+    sides = np.arange(channels) % 3 - 1
+    nodes = head(channels, 2, rng, dense=False)
+    for i in range(9):
+        weight = rng.integers(-top, top + 1, (channels, channels, 3, 3))
+        push = BnAffine(
+            f"bn{i}", f"conv{i}", rng.integers(1, 4, channels), sides * (4096 - 200), np.zeros(channels, int)
+        )
+        nodes += [Conv(f"conv{i}", f"lif{i}" if i else "lif", weight, bits, 1, 1), push]
+        nodes += [Add(f"add{i}", f"add{i - 1}" if i else "bn", push.name)]
+        options: dict[str, object] = {"v_th": [200, limit - 401, 3][i % 3]}
+        if kind == "pre_fire":
+            options.update(quantize="pre_fire", q_th=top // 2)
+        elif kind == "soft":
+            options.update(reset="soft", v_soft=[150, 20000, 7][i % 3])
+        after = lif(f"lif{i + 1}", f"add{i}", rng, bits, **options)  # type: ignore[arg-type]
+        if i % 3 == 1:
+            far = np.where(np.arange(2 * top) <= top // 2, limit - 1100, 0)
+            after = replace(after, thresholds=after.thresholds - far)
+        nodes.append(after)
+    steep = BnAffine("steep", "out", np.full(channels, c // 7), sides, np.zeros(channels, int))  # to both its ends
+    nodes += [Conv("out", after.name, weight, bits, 1, 1), steep, lif("lif_out", "steep", rng, bits)]
+    nodes += [Requantize("codes", "add8", 9, 8), Conv("skip", "codes", weight[:, :, :1, :1], bits, 2)]
+    nodes += [affine("bn_skip", "skip", channels, rng, 4), Conv("down", "lif_out", weight, bits, 2, 1)]
+    nodes += [affine("bn_down", "down", channels, rng), Add("both", "bn_down", "bn_skip"), lif("last", "both", rng)]
+    readout = Readout("readout", "pool", rng.integers(-7, 8, (3, channels)), 4, rng.integers(-9, 9, 3))
+    return IntegerNetwork((*nodes, SumPool("pool", "last", 2, 3), readout), InputSpec(2, 4, 6), steps, grid)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("grid", [Grid(), Grid(12), Grid(12, 32)], ids=["4096", "32768", "131072"])
+@pytest.mark.parametrize("kind", ["hard", "soft", "pre_fire"])
+@pytest.mark.parametrize(("channels", "bits"), [(17, 4), (64, 4), (66, 8)])
+def test_streams_that_leave_16_bits_on_the_way(
+    name: str, grid: Grid, kind: str, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams of 16 and 32 bits in one network, clamped for their LIFs where that changes nothing."""
+    network = residual_blocks(channels, bits, kind, grid, 3)
+    pixels = np.random.default_rng(bits).integers(0, 256, (2, 2, 4, 6), np.uint8)
+    trace = Engine(network, "reference", 1).run(pixels, trace=True).trace
+    assert trace is not None
+    h = trace.lifs["lif9"].h
+    assert h.min() < -33_000
+    assert h.max() > 33_000
+    check(network, pixels, name, monkeypatch)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_only_streams_that_need_32_bits_have_them() -> None:
+    for grid, short in ((Grid(), 6), (Grid(12), 0)):  # 7 blocks behind the stem: 8 times 4096, one too much
+        for level in native.isa_levels():
+            made = plan.Plan(native._module(), residual_blocks(17, 4, "hard", grid, 3), level)
+            types = [made.values[made.index[f"add{i}"]].type for i in range(9)]
+            assert types == [plan._I16] * short + [plan._I32] * (9 - short)
+            widths = {step.result: step.width for _, step in made.steps if isinstance(step, plan.Group)}
+            assert [widths[f"add{i}"] for i in range(9)] == [plan._NARROW] * short + [plan._CLAMPED] * (9 - short)
+            assert widths["steep"] == (plan._CLAMPED if grid.saturation > 32767 else plan._NARROW)
 
 
 @pytest.mark.parametrize("name", ENGINES)

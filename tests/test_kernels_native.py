@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mdsnn.export import artifact
@@ -18,6 +18,7 @@ from mdsnn.kernels import Engine, engine, native, packing, plan, tables
 from mdsnn.kernels.errors import ConfigError, MissingError
 from mdsnn.kernels.formats import Grid, affine_constants, dense_table
 from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputSpec, InputTable, IntegerNetwork, Lif, Readout
+from mdsnn.kernels.reference import lif_step
 from planted import assert_same_bits, seeded_case
 
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -208,6 +209,61 @@ def test_a_cell_and_one_comparison_decode_every_membrane(thresholds: list[int], 
     for u in range(reach.lo, reach.hi + 1):
         cell = min(max(u - base, 0), span) * factor >> 16
         assert decode[cell + (u >= threshold[cell])] == lif.decode[np.searchsorted(lif.thresholds, u, side="right")]
+
+
+@given(
+    st.lists(st.integers(-300, 300) | st.integers(-33_000, 33_000), min_size=2, max_size=2).map(sorted),
+    st.tuples(st.booleans(), st.booleans()),
+    st.sampled_from(["hard", "soft", "pre_fire"]),
+    st.tuples(*[st.integers(-2, 2)] * 3),
+    st.integers(1, 33_000),
+    st.tuples(st.integers(30_000, 70_000), st.integers(30_000, 70_000)),
+    st.integers(0, 2**32),
+)
+@example([-5, 20_000], (False, True), "hard", (-2, 2, 0), 1, (30_000, 30_000), 0)
+@settings(max_examples=600, deadline=None)
+def test_a_clamped_stream_has_the_same_spikes_and_codes(
+    decode: list[int],
+    far: tuple[bool, bool],
+    kind: str,
+    beside: tuple[int, int, int],
+    v_soft: int,
+    stream: tuple[int, int],
+    seed: int,
+) -> None:
+    """From each code, for streams about every bound: what limit_of says changes nothing, and h and u fit 16 bits.
+
+    far, beside  whether v_th and the last thresholds, and the first ones, lie about what a limit allows, and how near
+    """
+    rng = np.random.default_rng(seed)
+    steps = np.sort(np.append(decode, rng.integers(decode[0], decode[1] + 1, 5)))
+    low, high = min(steps[0], 0), max(steps[-1], 0)
+    near = 32_766 - max(high, -low)
+    v_th = max(0, near + low - 1 + beside[0] if far[0] else high - near + beside[0])
+    thresholds = rng.integers(-300, 300, 6) + max(0, high - near + 302)
+    if far[1]:
+        thresholds[:2] = high - near + 1 + beside[1] + np.array([0, 40])
+    if far[0]:
+        thresholds[4:] = near + low - (v_soft if kind == "soft" else 0) + beside[2] - np.array([0, 40])
+    soft = {"reset": "soft", "v_soft": v_soft} if kind == "soft" else {}
+    codes = {"quantize": "pre_fire", "q_th": 1} if kind == "pre_fire" else {}
+    lif = Lif("lif", "x", 3, steps, np.sort(thresholds), v_th, **soft, **codes)  # type: ignore[arg-type]
+    limit = tables.limit_of(lif, (-stream[0], stream[1]))
+    if limit is None:
+        return
+    places = np.concatenate([thresholds, [-stream[0], stream[1], -limit, limit, v_th, v_th + v_soft, 0]])
+    places = np.add.outer(np.concatenate([places, *np.subtract.outer(places, steps)]), [-2, -1, 0, 1, 2, 100])
+    x = np.unique(np.clip(places.ravel(), -stream[0], stream[1]))
+    options = (lif.bits, lif.v_th, lif.reset, lif.v_soft, lif.quantize, lif.q_th)
+    for q in range(-3, 4):
+        before = np.full(len(x), q)
+        _, s, after = lif_step(x, before, steps, lif.thresholds, *options)
+        h, s_clamped, clamped = lif_step(np.clip(x, -limit, limit), before, steps, lif.thresholds, *options)
+        assert_same_bits(s_clamped, s, "spikes")
+        assert_same_bits(clamped, after, "codes")
+        u = np.where(s, h - v_soft, h) if kind == "soft" else h
+        assert min(h.min(), u.min()) >= -32_767
+        assert h.max() <= 32_766
 
 
 def test_thresholds_of_tanh_lie_in_cells() -> None:

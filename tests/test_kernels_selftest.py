@@ -111,26 +111,26 @@ def paths(made: IntegerNetwork, level: str) -> Iterator[tuple[str, tuple[object,
     """The code that a level's plan has each node run, in words."""
     ready = plan.Plan(native._module(), made, level)
 
-    def quantizer(op: Any) -> tuple[object, ...]:
+    def quantizer(op: Any, width: int) -> tuple[object, ...]:
         kind = ("compared", "table", "bisected")[op.search]
-        return ready.stream_type, kind, bool(op.buckets), bool(op.cells), bool(op.soft), bool(op.pre_fire)
+        return width, kind, bool(op.buckets), bool(op.cells), bool(op.soft), bool(op.pre_fire)
 
-    def form(op: Any) -> tuple[object, ...]:
+    def form(op: Any, width: int) -> tuple[object, ...]:
         affine = op.kind == ready.lib.MDSNN_BN_AFFINE
-        return (ready.stream_type, affine, *((op.wide, op.short_product) if affine else ()))
+        return (width, affine, *((op.wide, op.short_product) if affine else ()))
 
     for at, (_, step) in enumerate(ready.steps):
         op = ready.struct.ops[at]
         if isinstance(step, plan.Group):
             method = native.METHODS[op.method]
             yield step.conv.name, (method, op.nibbles, min(op.widen, 2), step.conv.weight.shape[2], op.stride)
-            yield step.bn.name, (method, *form(op.bn))
+            yield step.bn.name, (method, *form(op.bn, op.width))
             if step.fire is not None:
-                yield step.fire.name, (method, *quantizer(op.fire))
+                yield step.fire.name, (method, *quantizer(op.fire, op.width))
         elif isinstance(step, Lif):
-            yield step.name, ("alone", op.pattern != ready.ffi.NULL, *quantizer(op))
+            yield step.name, ("alone", op.pattern != ready.ffi.NULL, *quantizer(op, ready.values[op.source].type))
         elif isinstance(step, BnAffine | BnDense):
-            yield step.name, ("alone", *form(op))
+            yield step.name, ("alone", *form(op, ready.values[op.out].type))
         elif isinstance(step, Conv | Linear):
             yield step.name, ("plain",)
 
@@ -196,7 +196,10 @@ def test_the_networks_hold_what_the_engine_tells_apart() -> None:
         for node in network.nodes
         if type(node).__name__ == "BnAffine"
     } == {32, 64}
-    assert {plan._narrow_stream(network) for network in made} == {True, False}
+    if native.missing() is None:
+        # with a trace, what is clamped runs as what has 32 bits everywhere
+        plans = [plan.Plan(native._module(), network, "base") for network in made]
+        assert {step.width for ready in plans for _, step in ready.steps if isinstance(step, plan.Group)} >= {0, 1}
 
 
 @needs_native

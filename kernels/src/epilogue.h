@@ -2,47 +2,11 @@
  *
  * Definitions: kernels/reference.py:bn_affine, bn_dense, residual_add, lif_step. This file agrees with them bit for bit
  * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The plain twins are bn.h, residual.h and
- * lif.h. The stream is 16 bits here. Values are padded to 64 channels, so whole vectors may be read and written; the
+ * lif.h. The stream is 16 bits here, but for the residual add where follow_wide.h comes in. Values are padded to 64 channels, so whole vectors may be read and written; the
  * constants of channels that are not there are 0.
  */
 
 #define LANES ((int)(VECTOR_BYTES / sizeof(int16_t)))
-
-/* Narrows two vectors of 32 bits to one of 16 bits, saturating, in order. */
-static inline NAME(v16) NAME(narrow)(NAME(v32) low, NAME(v32) high)
-{
-#if defined(__AVX512BW__)
-    __m256i a = _mm512_cvtsepi32_epi16((__m512i)low), b = _mm512_cvtsepi32_epi16((__m512i)high);
-    return (NAME(v16))_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-#elif defined(__AVX2__)
-    return (NAME(v16))_mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)low, (__m256i)high), 0xD8);
-#elif defined(__SSE2__)
-    return (NAME(v16))_mm_packs_epi32((__m128i)low, (__m128i)high);
-#else
-    NAME(v16) out;
-    for (int i = 0; i < LANES; i++) {
-        int32_t v = i < LANES / 2 ? low[i] : high[i - LANES / 2];
-        out[i] = (int16_t)(v < -32768 ? -32768 : v > 32767 ? 32767 : v);
-    }
-    return out;
-#endif
-}
-
-/* v inside bottom..top. */
-static inline NAME(v16) NAME(clamp16)(NAME(v16) v, NAME(v16) bottom, NAME(v16) top)
-{
-#if defined(__AVX512BW__)
-    return (NAME(v16))_mm512_min_epi16(_mm512_max_epi16((__m512i)v, (__m512i)bottom), (__m512i)top);
-#elif defined(__AVX2__)
-    return (NAME(v16))_mm256_min_epi16(_mm256_max_epi16((__m256i)v, (__m256i)bottom), (__m256i)top);
-#elif defined(__SSE2__)
-    return (NAME(v16))_mm_min_epi16(_mm_max_epi16((__m128i)v, (__m128i)bottom), (__m128i)top);
-#else
-    for (int i = 0; i < LANES; i++)
-        v[i] = v[i] < bottom[i] ? bottom[i] : v[i] > top[i] ? top[i] : v[i];
-    return v;
-#endif
-}
 
 static inline NAME(v32) NAME(load_sums)(const void *sums, int wide, ptrdiff_t at)
 {
@@ -92,7 +56,8 @@ typedef struct NAME(lanes) {
     uint8_t *s;
     int8_t *q;
     ptrdiff_t add_pixel, add_step, to_pixel, to_step, s_pixel, s_step, plane, at;
-    int steps, wide, lanes, channels, c, affine, short_product, trace, keep;
+    int steps, wide, lanes, channels, c, affine, short_product, trace, keep, clamped;
+    NAME(wide_add) sum; /* for a stream of 32 bits */
     NAME(v32) a0, a1, b0, b1, g0, g1;
     NAME(v16) bottom, top;
 } NAME(lanes);
@@ -113,6 +78,9 @@ static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NA
 #pragma GCC unroll 2
         for (int j = 0; j < many; j++) {
             ptrdiff_t i = ((ptrdiff_t)(p + j) * e->steps + t) * BLOCK;
+            const int16_t *add = adds ? e->add + (p + j) * e->add_pixel + t * e->add_step : 0;
+            int16_t *to = stores ? e->to + (p + j) * e->to_pixel + t * e->to_step : 0;
+            const int clamped = (adds || stores) && e->clamped;
             NAME(v16) v;
             if (common || e->affine) {
                 NAME(v32) low = NAME(load_sums)(e->sums, e->wide, i), high = NAME(load_sums)(e->sums, e->wide, i + half);
@@ -123,18 +91,24 @@ static inline __attribute__((always_inline)) void NAME(epilogue_pixels)(const NA
                     low *= e->a0;
                     high *= e->a1;
                 }
-                v = NAME(narrow)((low + e->b0) >> e->g0, (high + e->b1) >> e->g1);
-                v = NAME(clamp16)(v, e->bottom, e->top);
+                low = (low + e->b0) >> e->g0;
+                high = (high + e->b1) >> e->g1;
+                if (clamped)
+                    v = NAME(add_wide)(&e->sum, low, high, adds, add, stores, to);
+                else
+                    v = NAME(clamp16)(NAME(narrow)(low, high), e->bottom, e->top);
             } else {
                 memcpy(&v, e->y_row + i, sizeof v);
+                if (clamped)
+                    v = NAME(add_wide)(&e->sum, NAME(widen_half)(v, 0), NAME(widen_half)(v, 1), adds, add, stores, to);
             }
-            if (adds) {
+            if (adds && !clamped) {
                 NAME(v16) addend;
-                memcpy(&addend, e->add + (p + j) * e->add_pixel + t * e->add_step, sizeof addend);
+                memcpy(&addend, add, sizeof addend);
                 v = (NAME(v16))((NAME(u16))v + (NAME(u16))addend);
             }
-            if (stores)
-                memcpy(e->to + (p + j) * e->to_pixel + t * e->to_step, &v, sizeof v);
+            if (stores && !clamped)
+                memcpy(to, &v, sizeof v);
             if (fires)
                 h[j] = (NAME(vec_i16))((NAME(u16))v + (NAME(u16))decoded[j]);
         }
@@ -186,12 +160,12 @@ static void NAME(epilogue_wide)(const frame *f, const mdsnn_op *op, const void *
                                 int x, int pixels, int first, int most);
 
 /* At most `most` of 64 outputs from `first` on, of `pixels` pixels from (y, x) on. sums [pixel][t][64], int32 if wide;
- * y_row: room for them in int16, for a bn that is not an affine one of 32 bits; in int32, for a stream of 32 bits. */
+ * y_row: room for them in int16, for a bn that is not an affine one of 32 bits; in int32, unless the op is narrow. */
 APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k,
                                  const void *sums, int wide, int16_t *y_row, int y, int x, int pixels, int first,
                                  int most)
 {
-    if (f->plan->stream_type != MDSNN_I16) {
+    if (op->width == MDSNN_WIDE || (op->width == MDSNN_CLAMPED && f->call->trace_h)) {
         NAME(epilogue_wide)(f, op, sums, wide, (int32_t *)(void *)y_row, y, x, pixels, first, most);
         return;
     }
@@ -218,10 +192,12 @@ APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(
     e.f = f;
     e.fire = fire;
     e.k = k;
-    e.add_pixel = other.pixel;
-    e.add_step = other.step;
-    e.to_pixel = out.pixel;
-    e.to_step = out.step;
+    e.add_pixel = NAME(in_words)(&other, other.pixel);
+    e.add_step = NAME(in_words)(&other, other.step);
+    e.to_pixel = NAME(in_words)(&out, out.pixel);
+    e.to_step = NAME(in_words)(&out, out.step);
+    e.clamped = op->width == MDSNN_CLAMPED;
+    e.sum = NAME(wide_add_of)(op, &other, &out);
     e.s_pixel = spikes.pixel;
     e.s_step = spikes.step;
     e.steps = steps;
@@ -230,7 +206,7 @@ APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(
     e.short_product = bn->short_product;
     e.trace = f->call->trace_h != 0;
     e.keep = f->keep;
-    e.top = (NAME(v16)){0} + (int16_t)bn->saturation;
+    e.top = (NAME(v16)){0} + NAME(saturation)(op);
     e.bottom = -e.top;
     const int common = e.affine && !e.trace && !e.keep && (!fires || NAME(lif_common_i16)(fire));
     for (int c = 0; c < here; c += LANES) {
@@ -238,8 +214,8 @@ APART static void NAME(epilogue)(const frame *f, const mdsnn_op *op, const NAME(
         e.lanes = here - c < LANES ? here - c : LANES;
         e.sums = wide ? (const void *)((const int32_t *)sums + c) : (const void *)((const int16_t *)sums + c);
         e.y_row = y_row + c;
-        e.add = (const int16_t *)NAME(element)(&other, 2, y, x, e.c);
-        e.to = (int16_t *)NAME(element)(&out, 2, y, x, e.c);
+        e.add = (const int16_t *)NAME(element)(&other, 1 << other.type, y, x, e.c);
+        e.to = (int16_t *)NAME(element)(&out, 1 << out.type, y, x, e.c);
         e.s = NAME(element)(&spikes, 1, y, x, e.c);
         e.q = fires ? (int8_t *)f->state + fire->state + e.at * channels + e.c : 0;
         if (e.affine) {

@@ -1,7 +1,7 @@
 /* follow.h: bn, residual add and LIF behind the tiles of tiles.h, a step of a few pixels and 32 channels at a time.
  *
  * Definitions: kernels/reference.py:bn_affine, residual_add, lif_step. This file agrees with them bit for bit
- * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The stream is 16 bits here; what has no case
+ * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The stream is 16 bits here, or follow_wide.h adds; what has no case
  * of its own goes to epilogue.h. The caller puts these steps between its products, so that the matrix unit and the
  * vector unit work side by side.
  */
@@ -25,6 +25,8 @@ typedef struct NAME(follow) {
     view other, out, spikes; /* each begins at channel `first` */
     int steps, first;
     int plain;     /* 1: a case for epilogue.h */
+    int clamped;   /* 1: the stream has 32 bits; pixels and steps of other and out are in words of 16 */
+    NAME(wide_add) sum;
     int mixed;     /* 1: the second half of the sums is 16 times itself and the first half */
     int16_t *room; /* its rows after bn */
     int32_t *rows; /* its sums, in order, 64 to a step */
@@ -83,11 +85,19 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
         }
         low = _mm512_srav_epi32(low, c->shift_0);
         high = _mm512_srav_epi32(high, c->shift_1);
-        __m512i v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
-        if (adds)
-            v = _mm512_add_epi16(v, _mm512_loadu_si512(slot->add + add_at));
-        if (stores)
-            _mm512_storeu_si512(slot->to + to_at, v);
+        __m512i v;
+        if ((adds || stores) && e->clamped) {
+            v = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
+            high = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
+            v = (__m512i)NAME(add_wide)(&e->sum, (NAME(v32))v, (NAME(v32))high, adds, slot->add + add_at, stores,
+                                        slot->to + to_at);
+        } else {
+            v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
+            if (adds)
+                v = _mm512_add_epi16(v, _mm512_loadu_si512(slot->add + add_at));
+            if (stores)
+                _mm512_storeu_si512(slot->to + to_at, v);
+        }
         if (fires) {
             __m512i h = _mm512_add_epi16(v, at->decoded[j]);
             __mmask32 still = _mm512_cmple_epu16_mask(h, c->v_th);
@@ -174,6 +184,14 @@ APART static void NAME(follow_plain)(const NAME(follow) *e, const int32_t *sums,
     NAME(epilogue)(e->f, e->op, e->k, e->rows, 1, e->room, y, x, pixels, e->first, PAIR);
 }
 
+/* Distances in words of 16 bits. */
+static void NAME(stretch)(view *v)
+{
+    v->row = NAME(in_words)(v, v->row);
+    v->pixel = NAME(in_words)(v, v->pixel);
+    v->step = NAME(in_words)(v, v->step);
+}
+
 static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
     const mdsnn_op *bn = op->bn, *fire = op->fire;
@@ -188,8 +206,8 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
         e->out = view_of(f, op->out);
     if (fire)
         e->spikes = view_of(f, fire->out);
-    e->c.top = _mm512_set1_epi16((short)bn->saturation);
-    e->c.bottom = _mm512_set1_epi16((short)-bn->saturation);
+    e->c.top = _mm512_set1_epi16(NAME(saturation)(op));
+    e->c.bottom = _mm512_sub_epi16(_mm512_setzero_si512(), e->c.top);
     const __m512i sign = _mm512_set1_epi16((short)0x8000);
     e->c.v_th = _mm512_xor_si512((__m512i)k->v_th, sign);
     e->c.start = _mm512_xor_si512((__m512i)k->decode_zero, sign);
@@ -211,7 +229,11 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
     if (fire && f->plan->values[fire->out].counter >= 0)
         e->counts = f->call->counts + (ptrdiff_t)f->plan->values[fire->out].counter * f->call->steps + f->first_step;
     e->room_for = UINT8_MAX;
-    e->plain = f->plan->stream_type != MDSNN_I16 || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
+    e->clamped = op->width == MDSNN_CLAMPED;
+    e->sum = NAME(wide_add_of)(op, &e->other, &e->out);
+    NAME(stretch)(&e->other);
+    NAME(stretch)(&e->out);
+    e->plain = op->width == MDSNN_WIDE || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
                (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
                          !(fire->buckets || fire->search == MDSNN_TABLE)));
 }
@@ -222,8 +244,8 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
     const mdsnn_op *bn = e->op->bn;
     ptrdiff_t ahead = first - e->first;
     e->first = first;
-    e->other.at += e->other.at ? ahead * 2 : 0;
-    e->out.at += e->out.at ? ahead * 2 : 0;
+    e->other.at += e->other.at ? ahead * (1 << e->other.type) : 0;
+    e->out.at += e->out.at ? ahead * (1 << e->out.type) : 0;
     e->spikes.at += e->spikes.at ? ahead : 0;
     if (e->plain)
         return;

@@ -148,7 +148,7 @@ static int NAME(fused_parts)(const frame *f, const mdsnn_op *op)
 static void NAME(fused)(const frame *f, const mdsnn_op *op)
 {
     NAME(lif_constants_i16) k;
-    if (op->fire && f->plan->stream_type == MDSNN_I16)
+    if (op->fire && op->width != MDSNN_WIDE)
         NAME(lif_prepare_i16)(op->fire, &k);
     else
         memset(&k, 0, sizeof k);

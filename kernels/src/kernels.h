@@ -51,6 +51,7 @@
 #include "events.h"
 #include "pairs.h"
 #include "grouped.h"
+#include "follow_wide.h"
 #include "epilogue.h"
 #include "wide.h"
 #ifdef MDSNN_WITH_TILES

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 17 };
+enum mdsnn_version { MDSNN_CONTRACT = 18 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -42,6 +42,13 @@ enum mdsnn_method {
     MDSNN_BYTES,     /* codes of 8 bits or counts, weights small beside them: products of bytes, 16 bits, then 32 */
     MDSNN_GROUPED,   /* groups of codes of 8 bits: products of 16 or 32 bits, all groups of 64 outputs at once */
     MDSNN_TILES      /* spikes or codes of 8 bits: AMX */
+};
+
+/* How many bits a fused operation's stream takes. */
+enum mdsnn_width {
+    MDSNN_NARROW,  /* 16 */
+    MDSNN_CLAMPED, /* 32, of which the LIF has to know 16: up to its x_limit */
+    MDSNN_WIDE     /* 32 */
 };
 
 enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
@@ -120,11 +127,14 @@ typedef struct mdsnn_op {
     const uint8_t *pattern; /* entry x - pattern_first: bit t says whether x, from a fresh start and the same at every
                              * step, fires at step t; 3 more entries. Null where x is not fixed, or steps above 8 */
     int32_t pattern_first;
+    int32_t x_limit; /* spikes and codes are the same for a stream clamped to -x_limit..x_limit, and h has 16 bits then;
+                      * 0: there is no such limit */
     int32_t v_th, v_soft, q_th;
     int32_t pre_fire, soft;
     /* fused: `other` is the value to add, `out` the stream to store; the parts are operations of their own kind */
     const struct mdsnn_op *bn;
     const struct mdsnn_op *fire; /* the LIF, or null */
+    int32_t width;         /* enum mdsnn_width; where that is 0, `other` and `out` have 16 bits */
     int32_t method;        /* enum mdsnn_method */
     int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4;  bytes: fours that 16 bits can add */
     int32_t widen;         /* events: slabs whose sums fit 16 bits together, then they move to 32; 0: all fit.
@@ -148,7 +158,6 @@ typedef struct mdsnn_plan {
     int32_t op_count, value_count;
     int32_t channels, height, width; /* of the pixels */
     int32_t classes;
-    int32_t stream_type;   /* MDSNN_I16 or MDSNN_I32: the type of every stream value */
     int32_t chunk;         /* most steps a pass over the operations takes; scratch is sized for it */
     int32_t counters;
     const uint8_t *bits;   /* [256][8]: the place of each bit that is set in a byte, lowest first; [256]: their number */

@@ -36,7 +36,10 @@ static void NAME(count_out)(const frame *f, const mdsnn_op *op)
 static void NAME(run_part)(const frame *f, const mdsnn_op *op, int what)
 {
     (void)what;
-    int narrow = f->plan->stream_type == MDSNN_I16;
+    const mdsnn_value *values = f->plan->values;
+    int narrow = op->out >= 0 && values[op->out].type == MDSNN_I16; /* the stream it makes, or reads */
+    if (op->kind == MDSNN_REQUANTIZE || op->kind == MDSNN_LIF)
+        narrow = values[op->source].type == MDSNN_I16;
     switch (op->kind) {
     case MDSNN_INPUT:
         NAME(input)(f, op);

@@ -148,7 +148,7 @@ static int64_t NAME(count_bytes)(const uint8_t *from, ptrdiff_t pixel, ptrdiff_t
 static int NAME(counts_itself)(const frame *f, const mdsnn_op *op)
 {
 #if defined(__AVX512BW__)
-    int narrow = f->plan->stream_type == MDSNN_I16;
+    int narrow = op->source >= 0 && f->plan->values[op->source].type == MDSNN_I16;
     if (op->kind == MDSNN_REQUANTIZE && narrow)
         return !op->fixed;
     if (op->kind == MDSNN_LIF && narrow)

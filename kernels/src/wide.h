@@ -1,17 +1,10 @@
-/* wide.h: what follows a fused convolution where the stream needs 32 bits: bn, residual add, LIF.
+/* wide.h: what follows a fused convolution where more than the stream needs 32 bits, or h of a long stream is traced.
  *
  * Definitions: kernels/reference.py:bn_affine, bn_dense, residual_add, lif_step. This file agrees with them bit for bit
  * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The plain twins are bn.h, residual.h and
  * lif.h; epilogue.h is the same for 16 bits, where one pass keeps all in registers. Here a row goes through three
  * loops, and stays in the L1 cache. Values and constants are padded to 64 channels as there.
  */
-
-/* v inside bottom..top. */
-static inline NAME(v32) NAME(clamp32)(NAME(v32) v, NAME(v32) bottom, NAME(v32) top)
-{
-    NAME(v32) over = v > top, under = v < bottom;
-    return (v & ~over & ~under) | (top & over) | (bottom & under);
-}
 
 /* bn of sums [row][64] to y in the same order; channels first.. of the network's, `channels` of the 64. */
 APART static void NAME(wide_bn)(const mdsnn_op *bn, const void *sums, int wide, ptrdiff_t rows, int first,
@@ -26,7 +19,7 @@ APART static void NAME(wide_bn)(const mdsnn_op *bn, const void *sums, int wide, 
             memcpy(&b, bn->offset_32 + first + c, sizeof b);
             memcpy(&g, bn->shift_32 + first + c, sizeof g);
             for (ptrdiff_t row = 0; row < rows; row++) {
-                NAME(v32) v = NAME(clamp32)((NAME(load_sums)(sums, wide, row * BLOCK + c) * a + b) >> g, -top, top);
+                NAME(v32) v = NAME(clamp32)((NAME(load_sums)(sums, wide, row * BLOCK + c) * a + b) >> g, top);
                 memcpy(y + row * BLOCK + c, &v, sizeof v);
             }
         }
@@ -58,22 +51,32 @@ APART static void NAME(epilogue_wide)(const frame *f, const mdsnn_op *op, const 
     NAME(wide_bn)(op->bn, sums, wide, (ptrdiff_t)pixels * steps, first, here, y_row);
     if (op->other >= 0) {
         view other = view_of(f, op->other);
-        const int32_t *add = (const int32_t *)other.at + y * other.row + x * other.pixel + first;
+        const uint8_t *add = NAME(element)(&other, 1 << other.type, y, x, first);
         for (int p = 0; p < pixels; p++)
             for (int t = 0; t < steps; t++) {
-                const int32_t *from = add + p * other.pixel + t * other.step;
+                const uint8_t *from = add + (p * other.pixel + t * other.step) * (1 << other.type);
                 int32_t *to = y_row + ((ptrdiff_t)p * steps + t) * BLOCK;
-                for (int c = 0; c < here; c++)
-                    to[c] += from[c];
+                if (other.type == MDSNN_I32)
+                    for (int c = 0; c < here; c++)
+                        to[c] += ((const int32_t *)(const void *)from)[c];
+                else
+                    for (int c = 0; c < here; c++)
+                        to[c] += ((const int16_t *)(const void *)from)[c];
             }
     }
     if (op->out >= 0) {
         view out = view_of(f, op->out);
-        int32_t *to = (int32_t *)out.at + y * out.row + x * out.pixel + first;
+        uint8_t *at = NAME(element)(&out, 1 << out.type, y, x, first);
         for (int p = 0; p < pixels; p++)
-            for (int t = 0; t < steps; t++)
-                memcpy(to + p * out.pixel + t * out.step, y_row + ((ptrdiff_t)p * steps + t) * BLOCK,
-                       sizeof *to * (size_t)here);
+            for (int t = 0; t < steps; t++) {
+                const int32_t *from = y_row + ((ptrdiff_t)p * steps + t) * BLOCK;
+                uint8_t *to = at + (p * out.pixel + t * out.step) * (1 << out.type);
+                if (out.type == MDSNN_I32)
+                    memcpy(to, from, sizeof *from * (size_t)here);
+                else
+                    for (int c = 0; c < here; c++)
+                        ((int16_t *)(void *)to)[c] = (int16_t)from[c];
+            }
     }
     if (!fire)
         return;
