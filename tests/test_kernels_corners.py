@@ -271,6 +271,27 @@ def test_streams_that_leave_16_bits_on_the_way(
     check(network, pixels, name, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("shift", [1, 5, 14, 15, 16, 24])
+@pytest.mark.parametrize("adds", [2, 6])
+def test_codes_of_streams_of_either_width(name: str, shift: int, adds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saturated, in between, and shifts that leave nothing; the shortcut reads one code in four, all are counted."""
+    rng = np.random.default_rng(shift)
+    nodes = head(40, 2, rng, dense=False)
+    nodes += [Conv("conv", "lif", rng.integers(-7, 8, (40, 40, 3, 3)), 4, 1, 1)]
+    nodes += [
+        BnAffine("bn2", "conv", np.full(40, 300), rng.integers(-9, 9, 40), np.zeros(40, int)),
+        Add("0", "bn2", "bn2"),
+    ]
+    nodes += [Add(f"{i}", f"{i - 1}", f"{i - 1}") for i in range(1, adds)]
+    nodes += [
+        Requantize("codes", nodes[-1].name, shift, 8),
+        Conv("skip", "codes", rng.integers(-7, 8, (40, 40, 1, 1)), 4, 2),
+    ]
+    nodes += [affine("bn_s", "skip", 40, rng, 9), lif("last", "bn_s", rng), SumPool("sum", "last", 2, 2)]
+    check(close(nodes, InputSpec(2, 4, 4), 40, 3), rng.integers(0, 256, (2, 2, 4, 4), np.uint8), name, monkeypatch)
+
+
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 def test_only_streams_that_need_32_bits_have_them() -> None:
     for grid, short in ((Grid(), 6), (Grid(12), 0)):  # 7 blocks behind the stem: 8 times 4096, one too much

@@ -149,7 +149,7 @@ static int NAME(counts_itself)(const frame *f, const mdsnn_op *op)
 {
 #if defined(__AVX512BW__)
     int narrow = op->source >= 0 && f->plan->values[op->source].type == MDSNN_I16;
-    if (op->kind == MDSNN_REQUANTIZE && narrow)
+    if (op->kind == MDSNN_REQUANTIZE)
         return !op->fixed;
     if (op->kind == MDSNN_LIF && narrow)
         return op->pattern && f->fresh && !f->keep && !f->call->trace_h;

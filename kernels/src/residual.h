@@ -23,15 +23,22 @@ static void STREAM_NAME(add)(const frame *f, const mdsnn_op *op)
             }
 }
 
-#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-/* Codes of 16 bits that change from step to step; those that are not 0 are counted. */
-static void NAME(requantize_counted)(const frame *f, const mdsnn_op *op)
+#if defined(__AVX512BW__)
+/* Codes that change from step to step; those that are not 0 are counted. */
+static void STREAM_NAME(requantize_counted)(const frame *f, const mdsnn_op *op)
 {
     view in = view_of(f, op->source), out = view_of(f, op->out);
+#if defined(STREAM_IS_NARROW)
+    const int all_0 = op->bits_shift > 15;
     const __m512i half = _mm512_set1_epi16((short)(1 << (op->bits_shift - 1))), above = _mm512_add_epi16(half, half);
     const __m512i one = _mm512_set1_epi16(1), top = _mm512_set1_epi16((short)op->top);
     const __m512i bottom = _mm512_set1_epi16((short)-op->top);
     const __m128i shift = _mm_cvtsi32_si128(op->bits_shift - 1);
+#else
+    const __m512i half = _mm512_set1_epi32(1 << (op->bits_shift - 1)), top = _mm512_set1_epi32(op->top);
+    const __m512i bottom = _mm512_set1_epi32(-op->top);
+    const __m128i shift = _mm_cvtsi32_si128(op->bits_shift);
+#endif
     int64_t counts[MDSNN_STEPS] = {0};
     const int stride = op->stride;
     for (int y = first_of(f, out.height), end = end_of(f, out.height); y < end; y++)
@@ -39,9 +46,10 @@ static void NAME(requantize_counted)(const frame *f, const mdsnn_op *op)
             const int read = x == next;
             next += read ? stride : 0;
             for (int t = 0; t < f->steps; t++) {
-                const int16_t *from = (const int16_t *)in.at + y * in.row + x * in.pixel + t * in.step;
+                const STREAM *from = (const STREAM *)in.at + y * in.row + x * in.pixel + t * in.step;
                 int8_t *to = (int8_t *)out.at + y * out.row + x * out.pixel + t * out.step;
                 int64_t there = 0;
+#if defined(STREAM_IS_NARROW)
                 for (int c = 0; c < out.channels; c += 32) {
                     __mmask32 here = out.channels - c < 32 ? (1u << (out.channels - c)) - 1 : UINT32_MAX;
                     __m512i v = _mm512_maskz_loadu_epi16(here, from + c);
@@ -54,7 +62,20 @@ static void NAME(requantize_counted)(const frame *f, const mdsnn_op *op)
                     v = _mm512_min_epi16(_mm512_max_epi16(v, bottom), top);
                     _mm512_mask_cvtepi16_storeu_epi8(to + c, here, v);
                 }
+                counts[t] += all_0 ? 0 : there;
+#else
+                for (int c = 0; c < out.channels; c += 16) {
+                    __mmask16 here = (__mmask16)(out.channels - c < 16 ? (1u << (out.channels - c)) - 1 : UINT16_MAX);
+                    __m512i v = _mm512_add_epi32(_mm512_maskz_loadu_epi32(here, from + c), half);
+                    v = _mm512_sra_epi32(v, shift);
+                    there += _mm_popcnt_u32(_mm512_mask_test_epi32_mask(here, v, v));
+                    if (!read)
+                        continue;
+                    v = _mm512_min_epi32(_mm512_max_epi32(v, bottom), top);
+                    _mm512_mask_cvtepi32_storeu_epi8(to + c, here, v);
+                }
                 counts[t] += there;
+#endif
             }
         }
     NAME(add_counts)(f, op->out, counts);
@@ -66,9 +87,9 @@ static void STREAM_NAME(requantize)(const frame *f, const mdsnn_op *op)
     view in = view_of(f, op->source), out = view_of(f, op->out);
     int steps = steps_of(f, op), channels = out.channels, shift = op->bits_shift;
     int32_t half = 1 << (shift - 1), top = op->top;
-#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+#if defined(__AVX512BW__)
     if (NAME(counts_itself)(f, op)) {
-        NAME(requantize_counted)(f, op);
+        STREAM_NAME(requantize_counted)(f, op);
         return;
     }
 #endif
