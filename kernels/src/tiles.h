@@ -155,6 +155,7 @@ typedef struct NAME(job) {
     ptrdiff_t tap;            /* from one tap's to the next */
     const ptrdiff_t *taps;    /* where the inputs of a tap lie, from those of the first one */
     int first, end;           /* taps of the window that meet the image */
+    const uint8_t *needs;     /* a bit for each group whose window meets it there; of each tap of a window */
     int32_t *sums[4];         /* of the groups */
     int32_t *held[4];         /* where what the tiles hold goes: sums of the groups before */
     NAME(batch) *before;
@@ -173,38 +174,51 @@ typedef struct NAME(job) {
         _tile_zero(tile);                                                                                              \
     }
 
-/* The products of one tap, of one half of the outputs if there are four groups; `change`: the first of their tiles. */
-static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int four, int half,
-                                                                int change)
+/* The products of one tap, of the groups that `needs` names by a bit each, of one half of the outputs if there are four;
+ * `change`: the first of their tiles. */
+static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int needs, int four,
+                                                                int half, int change)
 {
     const ptrdiff_t line = job->g->line, at = job->taps[tap], weights = tap * job->tap;
     if (four) {
         LOAD(4, job->half[half] + weights, BLOCK);
-        LOAD(5, job->from[0] + at, line);
         CHANGE(0)
-        _tile_dpbssd(0, 5, 4);
-        LOAD(6, job->from[1] + at, line);
+        if (needs & 1) {
+            LOAD(5, job->from[0] + at, line);
+            _tile_dpbssd(0, 5, 4);
+        }
         CHANGE(1)
-        _tile_dpbssd(1, 6, 4);
-        LOAD(7, job->from[2] + at, line);
+        if (needs & 2) {
+            LOAD(6, job->from[1] + at, line);
+            _tile_dpbssd(1, 6, 4);
+        }
         CHANGE(2)
-        _tile_dpbssd(2, 7, 4);
-        LOAD(5, job->from[3] + at, line);
+        if (needs & 4) {
+            LOAD(7, job->from[2] + at, line);
+            _tile_dpbssd(2, 7, 4);
+        }
         CHANGE(3)
-        _tile_dpbssd(3, 5, 4);
+        if (needs & 8) {
+            LOAD(5, job->from[3] + at, line);
+            _tile_dpbssd(3, 5, 4);
+        }
     } else {
         LOAD(4, job->half[0] + weights, BLOCK);
-        LOAD(6, job->from[0] + at, line);
-        CHANGE(0)
-        _tile_dpbssd(0, 6, 4);
         LOAD(5, job->half[1] + weights, BLOCK);
+        CHANGE(0)
         CHANGE(1)
-        _tile_dpbssd(1, 6, 5);
-        LOAD(7, job->from[1] + at, line);
+        if (needs & 1) {
+            LOAD(6, job->from[0] + at, line);
+            _tile_dpbssd(0, 6, 4);
+            _tile_dpbssd(1, 6, 5);
+        }
         CHANGE(2)
-        _tile_dpbssd(2, 7, 4);
         CHANGE(3)
-        _tile_dpbssd(3, 7, 5);
+        if (needs & 2) {
+            LOAD(7, job->from[1] + at, line);
+            _tile_dpbssd(2, 7, 4);
+            _tile_dpbssd(3, 7, 5);
+        }
     }
 }
 
@@ -249,11 +263,12 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
         NAME(let_go)(job);
     for (int left = many;;) {
         if (left) {
+            const int needs = job->needs[tap - (end - job->end)];
             if (tap == job->first) {
-                NAME(product)(job, tap, four, tile, 1);
+                NAME(product)(job, tap, needs, four, tile, 1);
                 NAME(hold)(job, four, tile++);
             } else
-                NAME(product)(job, tap, four, tile - 1, 0);
+                NAME(product)(job, tap, needs, four, tile - 1, 0);
             if (++tap == end) { /* of the window; on to the next 64 inputs */
                 tap += window - inside;
                 end += window;
@@ -356,6 +371,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(job) job = {.op = op, .g = &g, .taps = offsets, .next = &next, .many = four ? 4 : 2};
     for (int j = 0; j < 4; j++)
         job.held[j] = sums; /* nothing yet */
+    uint8_t *all = (uint8_t *)(offsets + taps), *some = all + window; /* needs: of groups beside each other, of others */
+    memset(all, 15, (size_t)window);
     for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
         if (c) {
             NAME(count_fired)(&follow[n]);
@@ -393,9 +410,20 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             }
             job.first = first < 0 ? 0 : first * row;
             job.end = end > op->kernel_height ? window : end * row;
+            job.needs = all;
             if (job.end <= job.first) { /* nothing but padding: zeros are copied there */
                 job.first = 0;
                 job.end = row;
+            } else if (four || i >= side_by_side) {
+                job.needs = some;
+                for (int tap = 0; tap < window; tap++) {
+                    unsigned groups_there = 0;
+                    for (int j = 0; j < job.many; j++) {
+                        int y = ys[j] * op->stride + tap / row - op->padding;
+                        groups_there |= (unsigned)(pixels[j] > 0 && y >= 0 && y < in.height) << j;
+                    }
+                    some[tap] = (uint8_t)groups_there;
+                }
             }
             job.before = &batches[!turn];
             job.unpacks = (next.left + rounds - i - 1) / (rounds - i);
