@@ -47,6 +47,7 @@ _TILE = 16  # outputs a tile holds
 _FILLED = 0.25  # tiles of spikes that are no fuller are slower than lists
 _PATTERN = 8  # steps whose spikes a byte holds
 _BYTES = ("avx2", "avx512")  # levels that multiply bytes, and have no tiles
+_PERMUTE = ("avx512", "amx")  # levels that look words up in registers, 64 at a time
 _FOURS = 4  # fours that 16 bits must add for products of bytes to be worth it
 _FLUSH = 8  # entries that must fit 8 bits for 8-bit sums to be worth it
 
@@ -728,6 +729,12 @@ class Plan:
                     for name, table in zip(("cell_threshold", "cell_decode"), arrays, strict=True)
                 }
             )
+        if buckets is None and limit is not None and self.isa in _PERMUTE:
+            lines = tables.find_lines(reach, node, membrane)
+            if lines is not None:
+                fields.update({f"line_{name}": value for name, value in vars(lines).items()}, lines=1)
+                for name in ("line_slope", "line_offset"):
+                    fields[name] = self._pointer("uint16_t", fields[name], np.uint16)
         if len(thresholds) > _COMPARED:
             fields["search"] = self.lib.MDSNN_BISECT
             base = int(thresholds[0]) - 1

@@ -5,7 +5,7 @@ Every one is exact for each value that the proof allows, or is not made at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,12 @@ BUCKETS = 31
 """MDSNN_BUCKETS of src/mdsnn.h."""
 CELLS = 15
 """MDSNN_CELLS of src/mdsnn.h."""
+LINES = 64
+"""MDSNN_LINES of src/mdsnn.h."""
+_WORD = 1 << 16
+_TRIES = 16  # cuts into cells, each with lines of its own, before a LIF is left without
+_HOPELESS = 4  # cells without a line; the next cut leaves about as many
+_CROWDED = 24  # thresholds of a cell beyond which no line is sought
 _LINE = 1 << 18  # entries of a channel's dense table beyond which it is not looked at
 _MULTIPLIER = 2**15 - 1  # largest of a bn that takes the place of a dense table
 
@@ -111,6 +117,163 @@ def find_cells(reach: Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | N
         counts = np.append(np.searchsorted(reach.thresholds, thresholds), len(reach.thresholds))[below]
         return base, span, factor, at, lif.decode[reach.code_first + counts + delta(lif.bits)]
     return None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """64 lines that give what membranes decode to (see mdsnn.h). Fields as in mdsnn_op, without `line_`."""
+
+    base: int
+    bias: int
+    each: int
+    shift: int
+    fraction: int
+    mask: int
+    rest: int
+    factor: int
+    slope: Array
+    offset: Array
+
+    def decoded(self, u: Array) -> Array:
+        x = np.maximum(u, self.base) + self.bias
+        cell = (x * self.each >> 16) % LINES
+        y = ((x << self.shift) % _WORD * self.slope[cell] >> 16) + self.offset[cell]
+        result: Array = ((y % _WORD >> self.fraction & self.mask | self.rest) * self.factor >> 16) - self.bias
+        return result
+
+
+def find_lines(reach: Reach, lif: Lif, membrane: tuple[int, int]) -> Lines | None:
+    """Lines whose steps are the thresholds, each checked at every u in reach.
+
+    membrane  bounds of h: with the bias it must stay a word without sign
+    None where 64 cells of one width are too few, where the decoded codes are no line of the codes, and for a LIF that
+    has no use for them.
+    """
+    thresholds, codes = reach.thresholds, len(reach.thresholds) + 1
+    if lif.reset != "hard" or lif.quantize != "post_reset" or codes == 1 or lif.v_th < 0:
+        return None
+    first = reach.code_first + delta(lif.bits)
+    decoded = lif.decode[first : first + codes].astype(np.int64)
+    base, span = int(thresholds[0]) - 1, reach.hi - int(thresholds[0]) + 2
+    for shift in range(16 - (span - 1).bit_length(), -1, -1):
+        biases = _factor(decoded, (max(-membrane[0], -base, 0), _WORD - 1 - membrane[1]), (base, reach.hi), shift)
+        if biases is None:
+            return None
+        power, factor, starts, found = biases
+        if len(found):
+            break
+    else:
+        return None
+    each, u = min(LINES * _WORD // span + 1, _WORD - 1), np.arange(base, reach.hi + 1)
+    for i in range(_TRIES):
+        start, bias = int(starts[i % len(found)]), int(found[i % len(found)])
+        mask, step = 255 << power, -(-each // 400)
+        each -= step
+        while ((reach.hi + bias) * each >> 16) - ((base + bias) * each >> 16) >= LINES:
+            each -= 1
+        lines = _lines(thresholds + bias, (base + bias, reach.hi + bias), shift, each, (start & mask) >> power)
+        if lines.without > _HOPELESS or lines.fraction < power:
+            return None
+        if lines.without:
+            continue
+        fraction = lines.fraction - power
+        result = Lines(base, bias, each, shift, fraction, mask, start & ~mask, factor, lines.slope, lines.offset)
+        if np.array_equal(result.decoded(u), decoded[np.searchsorted(thresholds, u, side="right")]):
+            return result
+    return None
+
+
+def _factor(
+    decoded: Array, bias: tuple[int, int], u: tuple[int, int], shift: int
+) -> tuple[int, int, Array, Array] | None:
+    """Power, factor, starts and biases: ((code << power) + start) * factor >> 16 is decoded[code] + bias.
+
+    The bias lies between two bounds, and no u with it passes a multiple of 2**(16 - shift); a start has room for all
+    codes in the 8 bits that begin at `power`. None where there is no such factor, whatever the bias.
+    """
+    last = len(decoded) - 1
+    rise = int(decoded[-1] - decoded[0])
+    power = max(rise // last, 0).bit_length()
+    if rise <= 0 or power > 8:
+        return None
+    about, off = (rise << 16) // last >> power, (_WORD >> power) // last + 2
+    factors = np.arange(max(about - off, 1), min(about + off, _WORD - 1) + 1)
+    products = (np.arange(last + 1) << power)[:, None] * factors
+    least = ((decoded << 16)[:, None] - products).max(0)  # of start * factor, with a bias of 0
+    room = ((decoded + 1 << 16) - 1)[:, None] - products
+    room = room.min(0) - least
+    best = int(room.argmax())
+    if room[best] < 0:
+        return None
+    factor = int(factors[best])
+    starts = np.arange(0, _WORD, 256 << power)[:, None] + np.arange(255 - last + 1 << power)
+    rest = starts * factor - least[best]
+    starts, rest = starts[rest % _WORD <= room[best]], rest[rest % _WORD <= room[best]]
+    biases = rest >> 16
+    fit = (biases >= bias[0]) & (biases <= bias[1])
+    fit &= (u[0] + biases) >> (16 - shift) == (u[1] + biases) >> (16 - shift)
+    return power, factor, starts[fit], biases[fit]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Lines as far as they were found: how many cells are without, bits of a code's fraction, slopes, offsets."""
+
+    without: int
+    fraction: int = 0
+    slope: Array = field(default_factory=lambda: np.zeros(LINES, np.int64))
+    offset: Array = field(default_factory=lambda: np.zeros(LINES, np.int64))
+
+
+def _lines(thresholds: Array, x: tuple[int, int], shift: int, each: int, code: int) -> _Found:
+    """Lines of the cells of x that are 2**16/each wide.
+
+    thresholds, x  with their bias
+    code           what is below the first threshold
+    A line passes between two bounds at every threshold: it has reached the code at the threshold, but not one before
+    it. These bounds of two thresholds bound the slope. Of slopes between these some are tried; the offset follows.
+    """
+    low, high = x[0] * each >> 16, x[1] * each >> 16
+    edges = -((-np.arange(low, high + 2) << 16) // each)
+    edges[0], edges[-1] = x[0], x[1] + 1
+    begin, end = edges[:-1, None], edges[1:, None]
+    before = np.searchsorted(thresholds, begin, side="right")
+    many = np.searchsorted(thresholds, end) - before
+    if many.max() > _CROWDED:
+        return _Found(LINES)
+    number = np.arange(int(many.max()))
+    there = number < many
+    at = thresholds[np.minimum(before + number, len(thresholds) - 1)]
+    reached = np.where(there, before + number + 1, before) + code
+    x_0, code_0 = np.hstack([begin, np.where(there, at, begin)]), np.hstack([before + code, reached])
+    reached = np.where(there, reached, before + many + code + 1)
+    x_1, code_1 = np.hstack([end, np.where(there, at, end)]) - 1, np.hstack([before + many + code + 1, reached])
+    ahead = x_1[:, None, :] - x_0[:, :, None]
+    rise = (code_1[:, None, :] - code_0[:, :, None]) / np.where(ahead == 0, 1, ahead)
+    bottom, top = np.where(ahead < 0, rise, 0).max((1, 2)), np.where(ahead > 0, rise, _WORD).min((1, 2))
+    steep = float(np.where(bottom > 0, (bottom + top) / 2, 0).max()) / (1 << shift)
+    without = int(np.count_nonzero(bottom > top))
+    if without or steep >= 1:
+        return _Found(without or LINES)
+    fraction = min(int(np.log2(1 / steep)), 8) if steep else 8
+    result = _Found(0, fraction)
+    scale, block = 1 << 16 + fraction, x[0] >> 16 - shift << 16 - shift
+    bottom, top = bottom * (scale >> shift), np.minimum(top * (scale >> shift), _WORD - 1)
+    x_0, x_1 = x_0 - block << shift, x_1 - block << shift
+    cells, left = np.arange(low, high + 1) % LINES, np.arange(high + 1 - low)
+    for tries in (16, 256):
+        slopes = (bottom[left, None] + (top - bottom)[left, None] * ((np.arange(tries) + 0.5) / tries)).astype(np.int64)
+        least = scale * code_0[left, None, :] - slopes[:, :, None] * x_0[left, None, :]
+        most = scale * code_1[left, None, :] - 1 - slopes[:, :, None] * x_1[left, None, :]
+        offsets = -(-least.max(2) >> 16)
+        spare = most.min(2) - (offsets << 16)
+        best = spare.argmax(1)[:, None]
+        result.slope[cells[left]] = np.take_along_axis(slopes, best, 1)[:, 0]
+        result.offset[cells[left]] = np.take_along_axis(offsets, best, 1)[:, 0] % _WORD
+        left = left[np.take_along_axis(spare, best, 1)[:, 0] < 0]
+        if not 0 < len(left) <= _HOPELESS:
+            break
+    return replace(result, without=len(left))
 
 
 def _different(ascending: Array) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from mdsnn.kernels import Engine, Result, native, plan
-from mdsnn.kernels.formats import Grid
+from mdsnn.kernels.formats import Grid, decode_table, requantize_thresholds
 from mdsnn.kernels.network import (
     Add,
     BnAffine,
@@ -377,6 +377,35 @@ def test_layers_about_the_width_of_a_vector(
     nodes += [_affine("bn4", "conv3", 8, 60), _lif("lif4", "bn4", rng, 8), SumPool("sum", "lif4", 3, 3)]
     network = _network(nodes, InputSpec(1, 5, 6), 8, timesteps=3)
     check(network, rng.integers(0, 256, (2, 1, 5, 6), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("alpha", [0.98, 1.0, 0.93, 0.7])
+@pytest.mark.parametrize("adds", [False, True])
+def test_membranes_of_8_bits_under_lines(name: str, alpha: float, adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every membrane a LIF keeps, and next to it an input that just does or does not make it fire."""
+    rng, grid = np.random.default_rng(int(alpha * 100)), Grid()
+    decode, thresholds = decode_table(alpha, 0.5, 8, grid), requantize_thresholds(alpha, 8, grid)
+    channels, side, samples, steps, low = 64, 16, 8, 4, -1750
+    nodes: list[Node] = [InputTable("input", np.tile(np.minimum(np.arange(256), 127), (2, 1)))]
+    nodes += [Conv("conv", "input", np.broadcast_to(np.array([[[127]], [[1]]]), (channels, 2, 1, 1)), 8)]
+    ones, shift = np.ones(channels, int), np.zeros(channels, int)
+    nodes += [BnAffine("bn", "conv", ones, low + np.arange(channels), shift)]
+    if adds:
+        nodes += [Conv("conv2", "input", np.zeros((channels, 2, 1, 1), int), 8)]
+        nodes += [BnAffine("bn2", "conv2", ones, 0 * ones, shift), Add("sum", "bn2", "bn")]
+    nodes += [Lif("lif", "sum" if adds else "bn", 8, decode, thresholds, v_th=256), Flatten("flat", "lif")]
+    network = _network(nodes, InputSpec(2, side, side, "events"), channels * side * side, timesteps=steps)
+    shape = samples, side, side
+    kept = rng.integers(low, 257 - channels, (steps // 2, *shape))  # then 256 less what they decode to, or one more
+    fires = 256 - decode[np.searchsorted(thresholds, kept + rng.integers(0, channels, kept.shape), side="right")]
+    sums = np.stack([kept, fires - channels // 2 + rng.integers(-channels // 2, channels // 2, kept.shape)], 1)
+    sums = sums.reshape(steps, *shape) - low
+    check(network, np.stack([sums // 127, sums % 127], 2).astype(np.uint8), name, monkeypatch)
+    level = name.removeprefix("native-")
+    ops = native.NativeBackend(network, level)._plan.struct.ops
+    lines = any(ops[i].fire and ops[i].fire.lines for i in range(4 if adds else 2))
+    assert lines == (level in plan._PERMUTE)
 
 
 @pytest.mark.parametrize("name", NATIVE)

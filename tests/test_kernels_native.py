@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,14 @@ from hypothesis import strategies as st
 from mdsnn.export import artifact
 from mdsnn.kernels import Engine, engine, native, packing, plan, tables
 from mdsnn.kernels.errors import ConfigError, MissingError
-from mdsnn.kernels.formats import Grid, affine_constants, dense_table
+from mdsnn.kernels.formats import (
+    Grid,
+    affine_constants,
+    decode_table,
+    dense_table,
+    requantize_thresholds,
+    threshold_code,
+)
 from mdsnn.kernels.network import BnAffine, BnDense, Conv, InputSpec, InputTable, IntegerNetwork, Lif, Readout
 from mdsnn.kernels.reference import lif_step
 from planted import assert_same_bits, seeded_case
@@ -271,6 +279,75 @@ def test_thresholds_of_tanh_lie_in_cells() -> None:
     steps = np.arctanh((np.arange(14) - 6.5) / 7)
     lif = Lif("lif", "x", 4, np.arange(15), np.round(256 * steps).astype(int), v_th=128)
     assert tables.find_cells(tables.Reach.of(lif, (-2000, 2000)), lif) is not None
+
+
+def _tanh_lif(bits: int, alpha: float, tau: float, v_th: float, grid: Grid) -> Lif:
+    tables_of_it = decode_table(alpha, tau, bits, grid), requantize_thresholds(alpha, bits, grid)
+    return Lif("lif", "x", bits, *tables_of_it, v_th=threshold_code(v_th, grid))
+
+
+def _assert_lines_decode(lif: Lif, membrane: tuple[int, int]) -> bool:
+    """As src/mdsnn.h puts it, in Python, for every u there can be; False if there are no lines."""
+    reach = tables.Reach.of(lif, membrane)
+    k = tables.find_lines(reach, lif, membrane)
+    if k is None:
+        return False
+    assert len(k.slope) == len(k.offset) == tables.LINES
+    assert min(k.bias, k.slope.min(), k.offset.min()) >= 0
+    assert max(k.each, k.factor, k.slope.max(), k.offset.max(), k.mask | k.rest) < 2**16
+    assert k.bias + membrane[0] >= 0
+    assert k.bias + membrane[1] < 2**16
+    for u in range(reach.lo, reach.hi + 1):
+        x = max(u, k.base) + k.bias
+        assert 0 <= x < 2**16
+        cell = (x * k.each >> 16) % 64
+        y = (((x << k.shift) % 2**16 * int(k.slope[cell]) >> 16) + int(k.offset[cell])) % 2**16
+        code = np.searchsorted(lif.thresholds, u, side="right")
+        assert ((y >> k.fraction & k.mask | k.rest) * k.factor >> 16) - k.bias == lif.decode[code]
+    return True
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(5, 8),
+    alpha=st.floats(0.01, 1),
+    tau=st.sampled_from([0.5, 0.25, 0.9, 1.0, 1 / 3]),
+    v_th=st.sampled_from([0.5, 1.0, 0.05]),
+    frac_bits=st.sampled_from([9, 7, 10, 12]),
+    reach=st.tuples(st.integers(-16000, 0), st.integers(0, 16000)),
+    moved=st.lists(st.integers(0, 253), max_size=2),
+)
+def test_lines_decode_every_membrane(
+    bits: int, alpha: float, tau: float, v_th: float, frac_bits: int, reach: tuple[int, int], moved: list[int]
+) -> None:
+    lif = _tanh_lif(bits, alpha, tau, v_th, Grid(frac_bits))
+    thresholds = lif.thresholds.copy()
+    for place in moved:
+        thresholds[place % len(thresholds)] += 1
+    _assert_lines_decode(replace(lif, thresholds=np.sort(thresholds)), reach)
+
+
+@pytest.mark.parametrize(("tau", "v_th"), [(0.5, 0.5), (0.25, 0.5), (0.5, 1.0)])
+def test_thresholds_of_8_bits_lie_under_lines(tau: float, v_th: float) -> None:
+    """What a membrane of 8 bits has, at alphas that training ends with: the short way must not be lost on it."""
+    alphas = np.linspace(0.8, 1, 20)
+    assert sum(_assert_lines_decode(_tanh_lif(8, a, tau, v_th, Grid()), (-8448, 8448)) for a in alphas) >= 19
+
+
+def test_a_lif_that_no_line_fits_has_none() -> None:
+    lif = _tanh_lif(8, 0.98, 0.5, 0.5, Grid())
+    reach = tables.Reach.of(lif, (-8448, 8448))
+    bent = lif.decode.copy()
+    bent[100] -= 1
+    for other in (
+        replace(lif, decode=bent),
+        replace(lif, decode=lif.decode[::-1].copy()),
+        replace(lif, thresholds=np.sort(np.random.default_rng(0).integers(-900, 250, 254)).astype(np.int32)),
+        replace(lif, reset="soft", v_soft=256),
+        replace(lif, quantize="pre_fire", q_th=60),
+    ):
+        assert tables.find_lines(tables.Reach.of(other, (-8448, 8448)), other, (-8448, 8448)) is None
+    assert tables.find_lines(reach, lif, (-40000, 40000)) is None
 
 
 def _same_table(table: np.ndarray, lo: np.ndarray, hi: np.ndarray, grid: Grid) -> bool:

@@ -15,6 +15,7 @@ typedef struct NAME(constants) {
     __m512i multiplier_0, multiplier_1, offset_0, offset_1, shift_0, shift_1, bottom, top;
     __m512i v_th, base, reset, last, bucket, threshold, decode, start;
     const int32_t *table; /* or mdsnn_op.code_decode */
+    NAME(lines) lines;    /* or, where that is null, these: h is biased by theirs */
 } NAME(constants);
 
 /* What the 32 channels from `first` on need after their sums. */
@@ -62,7 +63,7 @@ typedef struct NAME(cursor) {
 
 /* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
  * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds
- * lie in buckets or, where `table` says so, in a table, nothing kept. */
+ * lie in buckets or, where `table` is 1, under lines or in a table, or, where it is 2, under lines, nothing kept. */
 static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, NAME(follow) *e,
                                                                      NAME(cursor) *at, int many, int narrow, int adds,
                                                                      int stores, int fires, int table)
@@ -104,6 +105,11 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
             __m256i spikes = _mm256_mask_mov_epi8(_mm256_set1_epi8(1), still, _mm256_setzero_si256());
             _mm256_storeu_si256((__m256i *)(slot->s + s_at), spikes);
             fired = _mm256_add_epi8(fired, spikes);
+            if (table == 2 || (table && !c->table)) {
+                __m512i x = _mm512_mask_max_epu16(c->reset, still, h, c->base);
+                at->decoded[j] = NAME(line_decoded)(&c->lines, x);
+                continue;
+            }
             __m512i u = _mm512_mask_subs_epu16(c->reset, still, h, c->base);
             u = _mm512_min_epu16(u, c->last);
             if (table) {
@@ -141,6 +147,18 @@ static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(c
         at->slot += many;
         at->decoded[0] = at->decoded[1] = at->decoded[2] = at->decoded[3] = c->start;
     }
+}
+
+/* Its constants, one by one: gcc copies the whole by a loop that everything waits for. */
+static inline __attribute__((always_inline)) NAME(constants) NAME(constants_of)(const NAME(follow) *e)
+{
+    const NAME(constants) *k = &e->c;
+    const NAME(lines) *l = &k->lines;
+    return (NAME(constants)){k->multiplier_0, k->multiplier_1, k->offset_0, k->offset_1, k->shift_0, k->shift_1,
+                             k->bottom, k->top, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold, k->decode,
+                             k->start, k->table,
+                             {{l->slope[0], l->slope[1]}, {l->offset[0], l->offset[1]}, l->each, l->shift, l->fraction,
+                              l->mask, l->rest, l->factor}};
 }
 
 /* Adds the spikes of all pixels so far to the counts. */
@@ -219,6 +237,14 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
         e->c.bucket = _mm512_set1_epi16((short)fire->bucket_shift);
         e->c.threshold = _mm512_sub_epi16(k->bucket_threshold, k->bucket_base);
         e->c.decode = _mm512_xor_si512(k->bucket_decode, sign);
+    } else if (fire && fire->lines) {
+        __m512i bias = _mm512_set1_epi16((short)fire->line_bias);
+        int32_t v_th = fire->v_th + fire->line_bias;
+        e->c.v_th = _mm512_set1_epi16((short)(v_th < UINT16_MAX ? v_th : UINT16_MAX));
+        e->c.start = _mm512_add_epi16((__m512i)k->decode_zero, bias);
+        e->c.base = _mm512_add_epi16(_mm512_set1_epi16((short)fire->line_base), bias);
+        e->c.reset = _mm512_max_epu16(bias, e->c.base);
+        e->c.lines = k->lines;
     } else if (fire && fire->search == MDSNN_TABLE) {
         e->c.base = _mm512_xor_si512(_mm512_set1_epi16((short)fire->code_base), sign);
         e->c.reset = _mm512_subs_epu16(sign, e->c.base);
@@ -235,7 +261,7 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
     NAME(stretch)(&e->out);
     e->plain = op->width == MDSNN_WIDE || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
                (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
-                         !(fire->buckets || fire->search == MDSNN_TABLE)));
+                         !(fire->buckets || fire->lines || fire->search == MDSNN_TABLE)));
 }
 
 /* Go to the channels from `first` on. */

@@ -10,9 +10,10 @@
  * All steps of a few neurons come before the next neurons, so that their membranes stay in registers. With few
  * thresholds left (see plan.py) a comparison each is cheaper than a search, and decode[q] is a running sum of the
  * table's increments, or a byte shuffle where there is one (AVX2). Where AVX-512 can permute 32 words, one comparison is
- * enough: with the threshold of u's bucket. With many thresholds each lane looks its code up in a dense table, or
- * bisects where that table would be too large. A LIF behind what is the same at every step (the stem of an image) looks
- * up the spikes of all its steps at once. Sums of vectors are unsigned: they wrap, and the result is proven to fit.
+ * enough: with the threshold of u's bucket. With many thresholds a line under u's cell has their steps, also by
+ * permutations; without such lines each lane looks its code up in a dense table, or bisects where that table would be too
+ * large. A LIF behind what is the same at every step (the stem of an image) looks up the spikes of all its steps at once.
+ * Sums of vectors are unsigned: they wrap, and the result is proven to fit.
  */
 
 #define LANES ((int)(VECTOR_BYTES / sizeof(STREAM)))
@@ -21,6 +22,24 @@ typedef STREAM STREAM_NAME(vec) __attribute__((vector_size(VECTOR_BYTES)));
 typedef USTREAM STREAM_NAME(uvec) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int8_t STREAM_NAME(bytes) __attribute__((vector_size(VECTOR_BYTES / sizeof(STREAM))));
 
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+/* Lines of membranes (mdsnn.h). */
+typedef struct NAME(lines) {
+    __m512i slope[2], offset[2], each, shift, fraction, mask, rest, factor;
+} NAME(lines);
+
+/* What membranes decode to, both with the bias: x is above the base. */
+static inline __attribute__((always_inline)) __m512i NAME(line_decoded)(const NAME(lines) *k, __m512i x)
+{
+    __m512i i = _mm512_mulhi_epu16(x, k->each); /* of 64: permutations take no notice of the bits above */
+    __m512i slope = _mm512_permutex2var_epi16(k->slope[0], i, k->slope[1]);
+    __m512i offset = _mm512_permutex2var_epi16(k->offset[0], i, k->offset[1]);
+    __m512i y = _mm512_add_epi16(_mm512_mulhi_epu16(_mm512_sllv_epi16(x, k->shift), slope), offset);
+    y = _mm512_ternarylogic_epi32(_mm512_srlv_epi16(y, k->fraction), k->mask, k->rest, 0xEA); /* y & mask | rest */
+    return _mm512_mulhi_epu16(y, k->factor);
+}
+#endif
+
 typedef struct STREAM_NAME(lif_constants) {
     STREAM_NAME(vec) below[MDSNN_MAX_COMPARED]; /* each threshold - 1: u >= threshold is u > below */
     STREAM_NAME(uvec) increment[MDSNN_MAX_COMPARED]; /* of decode, from one code to the next */
@@ -28,6 +47,8 @@ typedef struct STREAM_NAME(lif_constants) {
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
     __m512i bucket_threshold, bucket_code, bucket_decode, bucket_base;
     __m128i bucket_shift;
+    __m512i line_base, line_bias;
+    NAME(lines) lines;
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
     __m256i decode_low, decode_high; /* bytes of what the first code left and its followers decode to */
     __m256i cell_below_low, cell_below_high, cell_decode_low, cell_decode_high; /* bytes; each threshold - 1 */
@@ -62,13 +83,13 @@ static inline int32_t STREAM_NAME(lif_code)(const mdsnn_op *op, int32_t u)
 }
 
 /* Whether a LIF is one that lif_fire has a short way for: hard reset, post_reset, thresholds few, in buckets or cells,
- * or, where a vector can look up, in a table that words can count. */
+ * under lines, or, where a vector can look up, in a table that words can count. */
 static inline int STREAM_NAME(lif_common)(const mdsnn_op *op)
 {
     if (op->pre_fire || op->soft)
         return 0;
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
-    return op->buckets || (op->search == MDSNN_TABLE && op->code_count <= INT16_MAX);
+    return op->buckets || op->lines || (op->search == MDSNN_TABLE && op->code_count <= INT16_MAX);
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
     return op->cells || (op->search == MDSNN_TABLE && op->code_count <= INT16_MAX);
 #else
@@ -92,6 +113,11 @@ static inline __attribute__((always_inline)) void STREAM_NAME(lif_search)(const 
         i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
         *q = (STREAM_NAME(vec))_mm512_permutexvar_epi16(i, k->bucket_code);
         *decoded = (STREAM_NAME(vec))_mm512_permutexvar_epi16(i, k->bucket_decode);
+        return;
+    }
+    if (common && op->lines) {
+        __m512i x = _mm512_add_epi16(_mm512_max_epi16((__m512i)u, k->line_base), k->line_bias);
+        *decoded = (STREAM_NAME(vec))_mm512_sub_epi16(NAME(line_decoded)(&k->lines, x), k->line_bias);
         return;
     }
     if (common) {
@@ -318,6 +344,18 @@ static void STREAM_NAME(lif_prepare)(const mdsnn_op *op, STREAM_NAME(lif_constan
         k->bucket_decode = _mm512_loadu_si512(op->bucket_decode);
         k->bucket_base = _mm512_set1_epi16((short)op->bucket_base);
         k->bucket_shift = _mm_cvtsi32_si128(op->bucket_shift);
+    }
+    if (op->lines) {
+        for (int i = 0; i < 2; i++) {
+            k->lines.slope[i] = _mm512_loadu_si512(op->line_slope + i * MDSNN_LINES / 2);
+            k->lines.offset[i] = _mm512_loadu_si512(op->line_offset + i * MDSNN_LINES / 2);
+        }
+        const int32_t from[] = {op->line_base, op->line_bias, op->line_each, op->line_shift, op->line_fraction,
+                                op->line_mask, op->line_rest, op->line_factor};
+        __m512i *const to[] = {&k->line_base, &k->line_bias, &k->lines.each, &k->lines.shift, &k->lines.fraction,
+                               &k->lines.mask, &k->lines.rest, &k->lines.factor};
+        for (int i = 0; i < 8; i++)
+            *to[i] = _mm512_set1_epi16((short)from[i]);
     }
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
     if (op->search == MDSNN_COMPARE && op->thresholds < 16) {

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 18 };
+enum mdsnn_version { MDSNN_CONTRACT = 19 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -54,8 +54,11 @@ enum mdsnn_width {
 enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
 
 /* Buckets of membranes: u is in number clamp((u - base) >> shift, 0, 30), and no bucket holds two thresholds. Cells:
- * the same for number (clamp(u - base, 0, span) * factor) >> 16 of 15, where there are few thresholds. */
-enum mdsnn_limits { MDSNN_BUCKETS = 31, MDSNN_CELLS = 15 };
+ * the same for number (clamp(u - base, 0, span) * factor) >> 16 of 15, where there are few thresholds. Lines, where
+ * there are many: with x = max(u, base) + bias, a word without sign, u lies under line number (x * each >> 16) % 64, and
+ * decodes to (((y >> fraction & mask) | rest) * factor >> 16) - bias, where y is the word
+ * ((x << shift) % 2**16 * slope >> 16) + offset. */
+enum mdsnn_limits { MDSNN_BUCKETS = 31, MDSNN_CELLS = 15, MDSNN_LINES = 64 };
 
 /* Where an operation's time goes: its input as the method wants it (lists of spikes, a copy for the tiles, columns for
  * pairs); sums of products; bn, add and LIF. The whole of an operation holds more than these. */
@@ -124,6 +127,9 @@ typedef struct mdsnn_op {
     int32_t cell_base, cell_span, cell_factor;
     const int16_t *cell_threshold; /* [16], out of reach where a cell has none */
     const int16_t *cell_decode;    /* [16] what u decodes to below the threshold of its cell; one further, not below */
+    int32_t lines;         /* 1: thresholds and decoded codes are those of lines; 16-bit stream, hard reset, post_reset */
+    int32_t line_base, line_bias, line_each, line_shift, line_fraction, line_mask, line_rest, line_factor;
+    const uint16_t *line_slope, *line_offset; /* [64] */
     const uint8_t *pattern; /* entry x - pattern_first: bit t says whether x, from a fresh start and the same at every
                              * step, fires at step t; 3 more entries. Null where x is not fixed, or steps above 8 */
     int32_t pattern_first;

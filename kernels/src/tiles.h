@@ -119,17 +119,30 @@ APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in,
 
 /* ------------------------------------------------------------------------------------------------ products */
 
-/* Packed weights of 32 outputs on their way to where the tiles read them. */
+/* Weights of 32 outputs on their way to where the tiles read them. */
 typedef struct NAME(stream) {
     const int8_t *from;
-    int8_t *to;
-    int left; /* taps of 64 inputs */
+    int8_t *to; /* null: they are not packed, and come from the far cache to the second */
+    int left; /* taps of 64 inputs; eighths of such where they are not packed */
 } NAME(stream);
+
+/* Fetches an eighth of the weights of one tap of 64 inputs: few at once, for tiles wait for the same buffers. */
+static inline void NAME(fetch_eighth)(NAME(stream) *next)
+{
+    for (int line = 0; line < PAIR / 8; line++)
+        _mm_prefetch((const char *)next->from + line * BLOCK, _MM_HINT_T1);
+    next->from += PAIR / 8 * BLOCK;
+    next->left--;
+}
 
 /* Unpacks the weights of one tap of 64 inputs: both halves, or only the first. A product of bit matrices takes a nibble
  * with its sign, which is its top bit. */
 static inline void NAME(unpack_tap)(NAME(stream) *next, int halves)
 {
+    if (!next->to) {
+        NAME(fetch_eighth)(next);
+        return;
+    }
     const __m512i low = _mm512_set1_epi64(0x0102040808080808), high = _mm512_set1_epi64(0x1020408080808080);
     for (int line = 0; line < TILE; line++) {
         __m512i both = _mm512_loadu_si512(next->from + line * BLOCK);
@@ -243,10 +256,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
                                                                   int stores, int fires, int table)
 {
     NAME(follow) *e = job->before->e;
-    const NAME(constants) *k = &e->c; /* one by one: gcc copies the whole by a loop that everything waits for */
-    const NAME(constants) c = {k->multiplier_0, k->multiplier_1, k->offset_0, k->offset_1, k->shift_0, k->shift_1,
-                               k->bottom, k->top, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold,
-                               k->decode, k->start, k->table};
+    const NAME(constants) c = NAME(constants_of)(e);
     const NAME(slot) *slot = job->before->slot;
     NAME(cursor) at = {slot, slot + job->before->slots, 0, {c.start, c.start, c.start, c.start}};
     const int four = job->many == 4, inside = job->end - job->first;
@@ -281,7 +291,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
             }
             left--;
             unpacks_due += job->unpacks;
-            if (unpacks_due >= many && job->next->left) {
+            while (unpacks_due >= many && job->next->left) {
                 unpacks_due -= many;
                 if (four)
                     NAME(unpack_tap)(job->next, 1);
@@ -311,10 +321,24 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     MDSNN_PAIR(KIND##_store_fire, 1, NARROW, 0, 1, 1, 0)                                                             \
     MDSNN_PAIR(KIND##_add_fire, 1, NARROW, 1, 0, 1, 0)                                                               \
     MDSNN_PAIR(KIND##_add_store_fire, 1, NARROW, 1, 1, 1, 0)                                                         \
+    MDSNN_PAIR(KIND##_lines, 1, NARROW, 0, 0, 1, 2)                                                                   \
+    MDSNN_PAIR(KIND##_store_lines, 1, NARROW, 0, 1, 1, 2)                                                             \
+    MDSNN_PAIR(KIND##_add_lines, 1, NARROW, 1, 0, 1, 2)                                                               \
+    MDSNN_PAIR(KIND##_add_store_lines, 1, NARROW, 1, 1, 1, 2)                                                         \
     MDSNN_PAIR(KIND##_table, 1, NARROW, 0, 0, 1, 1)                                                                   \
     MDSNN_PAIR(KIND##_store_table, 1, NARROW, 0, 1, 1, 1)                                                             \
     MDSNN_PAIR(KIND##_add_table, 1, NARROW, 1, 0, 1, 1)                                                               \
     MDSNN_PAIR(KIND##_add_store_table, 1, NARROW, 1, 1, 1, 1)
+
+/* [adds][stores][no fire, by buckets, by lines, by a table] */
+#define MDSNN_KINDS(KIND)                                                                                            \
+    {                                                                                                                \
+        {{0, NAME(KIND##_fire), NAME(KIND##_lines), NAME(KIND##_table)},                                             \
+         {NAME(KIND##_store), NAME(KIND##_store_fire), NAME(KIND##_store_lines), NAME(KIND##_store_table)}},         \
+        {{0, NAME(KIND##_add_fire), NAME(KIND##_add_lines), NAME(KIND##_add_table)},                                 \
+         {NAME(KIND##_add_store), NAME(KIND##_add_store_fire), NAME(KIND##_add_store_lines),                         \
+          NAME(KIND##_add_store_table)}},                                                                            \
+    }
 
 MDSNN_PAIR(pair_alone, 0, 0, 0, 0, 0, 0)
 MDSNN_PAIRS(pair_wide, 0)
@@ -323,19 +347,19 @@ MDSNN_PAIRS(pair_narrow, 1)
 #undef MDSNN_PAIRS
 #undef MDSNN_PAIR
 
+/* The next operation by tiles, or null. */
+static const mdsnn_op *NAME(tiles_after)(const mdsnn_plan *plan, const mdsnn_op *op)
+{
+    const mdsnn_op *end = plan->ops + plan->op_count;
+    while (++op < end)
+        if (op->kind == MDSNN_FUSED && op->method == MDSNN_TILES)
+            return op;
+    return 0;
+}
+
 static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
-    static void (*const kinds[2][2][2][3])(NAME(job) *) = {
-        /* [narrow][adds][stores][no fire, by buckets, by table] */
-        {{{0, NAME(pair_wide_fire), NAME(pair_wide_table)},
-          {NAME(pair_wide_store), NAME(pair_wide_store_fire), NAME(pair_wide_store_table)}},
-         {{0, NAME(pair_wide_add_fire), NAME(pair_wide_add_table)},
-          {NAME(pair_wide_add_store), NAME(pair_wide_add_store_fire), NAME(pair_wide_add_store_table)}}},
-        {{{0, NAME(pair_narrow_fire), NAME(pair_narrow_table)},
-          {NAME(pair_narrow_store), NAME(pair_narrow_store_fire), NAME(pair_narrow_store_table)}},
-         {{0, NAME(pair_narrow_add_fire), NAME(pair_narrow_add_table)},
-          {NAME(pair_narrow_add_store), NAME(pair_narrow_add_store_fire), NAME(pair_narrow_add_store_table)}}},
-    };
+    static void (*const kinds[2][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_narrow)};
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int64_t began = ticks_start(f);
     NAME(tiles) g = NAME(tiles_prepare)(op, &in, &to, steps_of(f, op), f->call->scratch + op->work_input);
@@ -356,7 +380,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     batches[0].slots = batches[1].slots = 0;
     batches[1].e = &follow[1];
     void (*pair)(NAME(job) *) = follow[0].plain ? NAME(pair_alone)
-        : kinds[op->bn->short_product != 0][op->other >= 0][op->out >= 0][!op->fire ? 0 : op->fire->buckets ? 1 : 2];
+        : kinds[op->bn->short_product != 0][op->other >= 0][op->out >= 0]
+               [!op->fire ? 0 : op->fire->buckets ? 1 : op->fire->lines ? 2 : 3];
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
     int taps = g.chunks * window, turn = 0;
@@ -383,8 +408,15 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         job.tap = halves * TILE * BLOCK;
         job.half[0] = op->nibbles ? unpacked + n * taps * job.tap : op->weight + c / PAIR * taps * job.tap;
         job.half[1] = four ? op->weight + c / PAIR * taps * job.tap : job.half[0] + TILE * BLOCK;
-        next.to = unpacked + !n * taps * job.tap;
-        next.left = op->nibbles && c + PAIR < to.channels ? taps : 0;
+        if (op->nibbles) {
+            next.to = unpacked + !n * taps * job.tap;
+            next.left = c + PAIR < to.channels ? taps : 0;
+        } else { /* or as much of the operation behind */
+            const mdsnn_op *then = c + PAIR < to.channels ? op : NAME(tiles_after)(f->plan, op);
+            next.from = !then ? 0 : then == op ? job.half[0] + taps * job.tap : then->weight;
+            next.to = 0;
+            next.left = then ? 8 * taps : 0;
+        }
         for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
@@ -449,6 +481,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
 
+#undef MDSNN_KINDS
 #undef CHANGE
 #undef STORE
 #undef LOAD
