@@ -578,7 +578,7 @@ class Plan:
             0 if self.values[self.index[conv.source]].border else copied,
             2 * up(c_in) * conv.weight.shape[2] * kw * PAIR if packing.four_bits(conv) else 0,
             0,
-            (8 * up(c_in) // BLOCK + 2) * conv.weight.shape[2] * kw,
+            (8 * up(c_in) // BLOCK + 1) * conv.weight.shape[2] * kw,
             (8 * PAIR + BLOCK) * tall * 4,
             tall * BLOCK << wide,
         )

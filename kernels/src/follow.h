@@ -1,9 +1,9 @@
 /* follow.h: bn, residual add and LIF behind the tiles of tiles.h, a step of a few pixels and 32 channels at a time.
  *
  * Definitions: kernels/reference.py:bn_affine, residual_add, lif_step. This file agrees with them bit for bit
- * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The stream is 16 bits here, or follow_wide.h adds; what has no case
- * of its own goes to epilogue.h. The caller puts these steps between its products, so that the matrix unit and the
- * vector unit work side by side.
+ * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The stream is 16 bits here, or follow_wide.h
+ * adds; what has no case of its own goes to epilogue.h. The caller puts these steps between its products, so that the
+ * matrix unit and the vector unit work side by side.
  */
 
 #define TILE 16
@@ -62,11 +62,13 @@ typedef struct NAME(cursor) {
 } NAME(cursor);
 
 /* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
- * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a hard reset after a LIF whose thresholds
- * lie in buckets or, where `table` is 1, under lines or in a table, or, where it is 2, under lines, nothing kept. */
+ * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a stream of 32 bits if `clamped`; a hard
+ * reset after a LIF whose thresholds lie in buckets or, where `table` is 1, under lines or in a table, or, where it is 2,
+ * under lines, nothing kept. */
 static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, NAME(follow) *e,
-                                                                     NAME(cursor) *at, int many, int narrow, int adds,
-                                                                     int stores, int fires, int table)
+                                                                     NAME(cursor) *at, int many, int narrow,
+                                                                     int clamped, int adds, int stores, int fires,
+                                                                     int table)
 {
     const ptrdiff_t t = at->t, add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
     __m256i fired = _mm256_setzero_si256();
@@ -87,7 +89,7 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
         low = _mm512_srav_epi32(low, c->shift_0);
         high = _mm512_srav_epi32(high, c->shift_1);
         __m512i v;
-        if ((adds || stores) && e->clamped) {
+        if ((adds || stores) && clamped) {
             v = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
             high = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
             v = (__m512i)NAME(add_wide)(&e->sum, (NAME(v32))v, (NAME(v32))high, adds, slot->add + add_at, stores,
@@ -132,16 +134,16 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
 
 /* One step of the next four pixels; or of the next one. */
 static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(constants) *c, NAME(follow) *e,
-                                                                    NAME(cursor) *at, int narrow, int adds, int stores,
-                                                                    int fires, int table)
+                                                                    NAME(cursor) *at, int narrow, int clamped, int adds,
+                                                                    int stores, int fires, int table)
 {
     int many = at->end - at->slot >= 4 ? 4 : at->end - at->slot >= 2 ? 2 : 1;
     if (many == 4)
-        NAME(follow_slots)(c, e, at, 4, narrow, adds, stores, fires, table);
+        NAME(follow_slots)(c, e, at, 4, narrow, clamped, adds, stores, fires, table);
     else if (many == 2)
-        NAME(follow_slots)(c, e, at, 2, narrow, adds, stores, fires, table);
+        NAME(follow_slots)(c, e, at, 2, narrow, clamped, adds, stores, fires, table);
     else
-        NAME(follow_slots)(c, e, at, 1, narrow, adds, stores, fires, table);
+        NAME(follow_slots)(c, e, at, 1, narrow, clamped, adds, stores, fires, table);
     if (++at->t == e->steps) {
         at->t = 0;
         at->slot += many;
@@ -285,7 +287,7 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
         for (int half = 0; half < 2; half++)
             *to[i][half] = _mm512_permutex2var_epi32(_mm512_loadu_si512(from[i]), order[half],
                                                      _mm512_loadu_si512(from[i] + TILE));
-    if (bn->short_product) {
+    if (bn->short_product && !e->clamped) {
         e->c.multiplier_0 = _mm512_and_si512(e->c.multiplier_0, _mm512_set1_epi32(0xFFFF));
         e->c.multiplier_1 = _mm512_and_si512(e->c.multiplier_1, _mm512_set1_epi32(0xFFFF));
     }

@@ -168,7 +168,7 @@ typedef struct NAME(job) {
     ptrdiff_t tap;            /* from one tap's to the next */
     const ptrdiff_t *taps;    /* where the inputs of a tap lie, from those of the first one */
     int first, end;           /* taps of the window that meet the image */
-    const uint8_t *needs;     /* a bit for each group whose window meets it there; of each tap of a window */
+    const uint8_t *needs;     /* of each tap of a window, if there are four groups: those whose windows meet the image there */
     int32_t *sums[4];         /* of the groups */
     int32_t *held[4];         /* where what the tiles hold goes: sums of the groups before */
     NAME(batch) *before;
@@ -187,7 +187,7 @@ typedef struct NAME(job) {
         _tile_zero(tile);                                                                                              \
     }
 
-/* The products of one tap, of the groups that `needs` names by a bit each, of one half of the outputs if there are four;
+/* The products of one tap; if there are four groups, of one half of the outputs, for those that `needs` has a bit for;
  * `change`: the first of their tiles. */
 static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) *job, int tap, int needs, int four,
                                                                 int half, int change)
@@ -218,20 +218,16 @@ static inline __attribute__((always_inline)) void NAME(product)(const NAME(job) 
     } else {
         LOAD(4, job->half[0] + weights, BLOCK);
         LOAD(5, job->half[1] + weights, BLOCK);
+        LOAD(6, job->from[0] + at, line);
+        LOAD(7, job->from[1] + at, line);
         CHANGE(0)
+        _tile_dpbssd(0, 6, 4);
         CHANGE(1)
-        if (needs & 1) {
-            LOAD(6, job->from[0] + at, line);
-            _tile_dpbssd(0, 6, 4);
-            _tile_dpbssd(1, 6, 5);
-        }
+        _tile_dpbssd(1, 6, 5);
         CHANGE(2)
+        _tile_dpbssd(2, 7, 4);
         CHANGE(3)
-        if (needs & 2) {
-            LOAD(7, job->from[1] + at, line);
-            _tile_dpbssd(2, 7, 4);
-            _tile_dpbssd(3, 7, 5);
-        }
+        _tile_dpbssd(3, 7, 5);
     }
 }
 
@@ -252,8 +248,9 @@ static inline void NAME(let_go)(const NAME(job) *job)
 }
 
 /* All products of the groups, and what follows those of the batch before. */
-static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int narrow, int adds,
-                                                                  int stores, int fires, int table)
+static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int narrow,
+                                                                  int clamped, int adds, int stores, int fires,
+                                                                  int table)
 {
     NAME(follow) *e = job->before->e;
     const NAME(constants) c = NAME(constants_of)(e);
@@ -273,7 +270,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
         NAME(let_go)(job);
     for (int left = many;;) {
         if (left) {
-            const int needs = job->needs[tap - (end - job->end)];
+            const int needs = four ? job->needs[tap - (end - job->end)] : 0;
             if (tap == job->first) {
                 NAME(product)(job, tap, needs, four, tile, 1);
                 NAME(hold)(job, four, tile++);
@@ -305,30 +302,30 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
         } else if (!follows || at.slot == at.end)
             break;
         if (follows && at.slot < at.end)
-            NAME(follow_next)(&c, e, &at, narrow, adds, stores, fires, table);
+            NAME(follow_next)(&c, e, &at, narrow, clamped, adds, stores, fires, table);
     }
 }
 
-#define MDSNN_PAIR(FUNCTION, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE)                                            \
-    APART static void NAME(FUNCTION)(NAME(job) *job)                                                                 \
-    {                                                                                                                \
-        NAME(tiles_run)(job, FOLLOWS, NARROW, ADDS, STORES, FIRES, TABLE);                                          \
+#define MDSNN_PAIR(FUNCTION, FOLLOWS, NARROW, CLAMPED, ADDS, STORES, FIRES, TABLE)                                     \
+    APART static void NAME(FUNCTION)(NAME(job) *job)                                                                   \
+    {                                                                                                                  \
+        NAME(tiles_run)(job, FOLLOWS, NARROW, CLAMPED, ADDS, STORES, FIRES, TABLE);                                    \
     }
-#define MDSNN_PAIRS(KIND, NARROW)                                                                                    \
-    MDSNN_PAIR(KIND##_store, 1, NARROW, 0, 1, 0, 0)                                                                  \
-    MDSNN_PAIR(KIND##_add_store, 1, NARROW, 1, 1, 0, 0)                                                              \
-    MDSNN_PAIR(KIND##_fire, 1, NARROW, 0, 0, 1, 0)                                                                   \
-    MDSNN_PAIR(KIND##_store_fire, 1, NARROW, 0, 1, 1, 0)                                                             \
-    MDSNN_PAIR(KIND##_add_fire, 1, NARROW, 1, 0, 1, 0)                                                               \
-    MDSNN_PAIR(KIND##_add_store_fire, 1, NARROW, 1, 1, 1, 0)                                                         \
-    MDSNN_PAIR(KIND##_lines, 1, NARROW, 0, 0, 1, 2)                                                                   \
-    MDSNN_PAIR(KIND##_store_lines, 1, NARROW, 0, 1, 1, 2)                                                             \
-    MDSNN_PAIR(KIND##_add_lines, 1, NARROW, 1, 0, 1, 2)                                                               \
-    MDSNN_PAIR(KIND##_add_store_lines, 1, NARROW, 1, 1, 1, 2)                                                         \
-    MDSNN_PAIR(KIND##_table, 1, NARROW, 0, 0, 1, 1)                                                                   \
-    MDSNN_PAIR(KIND##_store_table, 1, NARROW, 0, 1, 1, 1)                                                             \
-    MDSNN_PAIR(KIND##_add_table, 1, NARROW, 1, 0, 1, 1)                                                               \
-    MDSNN_PAIR(KIND##_add_store_table, 1, NARROW, 1, 1, 1, 1)
+#define MDSNN_PAIRS(KIND, NARROW, CLAMPED)                                                                             \
+    MDSNN_PAIR(KIND##_store, 1, NARROW, CLAMPED, 0, 1, 0, 0)                                                           \
+    MDSNN_PAIR(KIND##_add_store, 1, NARROW, CLAMPED, 1, 1, 0, 0)                                                       \
+    MDSNN_PAIR(KIND##_fire, 1, NARROW, CLAMPED, 0, 0, 1, 0)                                                            \
+    MDSNN_PAIR(KIND##_store_fire, 1, NARROW, CLAMPED, 0, 1, 1, 0)                                                      \
+    MDSNN_PAIR(KIND##_add_fire, 1, NARROW, CLAMPED, 1, 0, 1, 0)                                                        \
+    MDSNN_PAIR(KIND##_add_store_fire, 1, NARROW, CLAMPED, 1, 1, 1, 0)                                                  \
+    MDSNN_PAIR(KIND##_lines, 1, NARROW, CLAMPED, 0, 0, 1, 2)                                                           \
+    MDSNN_PAIR(KIND##_store_lines, 1, NARROW, CLAMPED, 0, 1, 1, 2)                                                     \
+    MDSNN_PAIR(KIND##_add_lines, 1, NARROW, CLAMPED, 1, 0, 1, 2)                                                       \
+    MDSNN_PAIR(KIND##_add_store_lines, 1, NARROW, CLAMPED, 1, 1, 1, 2)                                                 \
+    MDSNN_PAIR(KIND##_table, 1, NARROW, CLAMPED, 0, 0, 1, 1)                                                           \
+    MDSNN_PAIR(KIND##_store_table, 1, NARROW, CLAMPED, 0, 1, 1, 1)                                                     \
+    MDSNN_PAIR(KIND##_add_table, 1, NARROW, CLAMPED, 1, 0, 1, 1)                                                       \
+    MDSNN_PAIR(KIND##_add_store_table, 1, NARROW, CLAMPED, 1, 1, 1, 1)
 
 /* [adds][stores][no fire, by buckets, by lines, by a table] */
 #define MDSNN_KINDS(KIND)                                                                                            \
@@ -340,9 +337,10 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
           NAME(KIND##_add_store_table)}},                                                                            \
     }
 
-MDSNN_PAIR(pair_alone, 0, 0, 0, 0, 0, 0)
-MDSNN_PAIRS(pair_wide, 0)
-MDSNN_PAIRS(pair_narrow, 1)
+MDSNN_PAIR(pair_alone, 0, 0, 0, 0, 0, 0, 0)
+MDSNN_PAIRS(pair_wide, 0, 0)
+MDSNN_PAIRS(pair_narrow, 1, 0)
+MDSNN_PAIRS(pair_clamped, 0, 1)
 
 #undef MDSNN_PAIRS
 #undef MDSNN_PAIR
@@ -359,7 +357,8 @@ static const mdsnn_op *NAME(tiles_after)(const mdsnn_plan *plan, const mdsnn_op 
 
 static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
-    static void (*const kinds[2][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_narrow)};
+    static void (*const kinds[3][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_narrow),
+                                                             MDSNN_KINDS(pair_clamped)};
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int64_t began = ticks_start(f);
     NAME(tiles) g = NAME(tiles_prepare)(op, &in, &to, steps_of(f, op), f->call->scratch + op->work_input);
@@ -380,7 +379,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     batches[0].slots = batches[1].slots = 0;
     batches[1].e = &follow[1];
     void (*pair)(NAME(job) *) = follow[0].plain ? NAME(pair_alone)
-        : kinds[op->bn->short_product != 0][op->other >= 0][op->out >= 0]
+        : kinds[follow[0].clamped ? 2 : op->bn->short_product != 0][op->other >= 0][op->out >= 0]
                [!op->fire ? 0 : op->fire->buckets ? 1 : op->fire->lines ? 2 : 3];
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
@@ -393,11 +392,18 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     follow[0].mixed = follow[1].mixed = four;
     while (next.left)
         NAME(unpack_tap)(&next, halves);
-    NAME(job) job = {.op = op, .g = &g, .taps = offsets, .next = &next, .many = four ? 4 : 2};
+    uint8_t *needs = (uint8_t *)(offsets + taps);
+    for (int tap = 0; tap < window; tap++) {
+        unsigned rows_there = 0; /* where there are four groups, all rows are summed at once */
+        for (int j = 0; j < 4; j++) {
+            int y = j % to.height * op->stride + tap / row - op->padding;
+            rows_there |= (unsigned)(j < groups && y >= 0 && y < in.height) << j;
+        }
+        needs[tap] = (uint8_t)rows_there;
+    }
+    NAME(job) job = {.op = op, .g = &g, .taps = offsets, .needs = needs, .next = &next, .many = four ? 4 : 2};
     for (int j = 0; j < 4; j++)
         job.held[j] = sums; /* nothing yet */
-    uint8_t *all = (uint8_t *)(offsets + taps), *some = all + window; /* needs: of groups beside each other, of others */
-    memset(all, 15, (size_t)window);
     for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
         if (c) {
             NAME(count_fired)(&follow[n]);
@@ -442,20 +448,9 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             }
             job.first = first < 0 ? 0 : first * row;
             job.end = end > op->kernel_height ? window : end * row;
-            job.needs = all;
             if (job.end <= job.first) { /* nothing but padding: zeros are copied there */
                 job.first = 0;
                 job.end = row;
-            } else if (four || i >= side_by_side) {
-                job.needs = some;
-                for (int tap = 0; tap < window; tap++) {
-                    unsigned groups_there = 0;
-                    for (int j = 0; j < job.many; j++) {
-                        int y = ys[j] * op->stride + tap / row - op->padding;
-                        groups_there |= (unsigned)(pixels[j] > 0 && y >= 0 && y < in.height) << j;
-                    }
-                    some[tap] = (uint8_t)groups_there;
-                }
             }
             job.before = &batches[!turn];
             job.unpacks = (next.left + rounds - i - 1) / (rounds - i);
