@@ -2,8 +2,8 @@
  *
  * Definitions: kernels/reference.py:bn_affine, bn_dense, residual_add, lif_step. This file agrees with them bit for bit
  * (tests/test_kernels_bit_exact.py); where they differ, this file is wrong. The plain twins are bn.h, residual.h and
- * lif.h. The stream is 16 bits here, but for the residual add where follow_wide.h comes in. Values are padded to 64 channels, so whole vectors may be read and written; the
- * constants of channels that are not there are 0.
+ * lif.h. The stream is 16 bits here, but for the residual add where follow_wide.h comes in. Values are padded to 64
+ * channels, so whole vectors may be read and written; the constants of channels that are not there are 0.
  */
 
 #define LANES ((int)(VECTOR_BYTES / sizeof(int16_t)))
