@@ -203,9 +203,8 @@ class NativeBackend:
         self._spikes_out = {lif.name: rows[lif.name] for lif in network.lifs}
         readers = (node for node in network.nodes if isinstance(node, Conv | Linear | Readout))
         self._spikes_in = {node.name: rows[node.source] for node in readers}
-        # products of tiles are one thread's, and so are small samples: to call others costs more than they take over
-        methods = {METHODS[self._plan.struct.ops[at].method] for at in range(len(self._plan.steps))}
-        self._parts = 1 if "tiles" in methods or network.macs < _SHARED else _PARTS
+        # small samples are one thread's: to call others costs more than they take over
+        self._parts = 1 if network.macs < _SHARED else _PARTS
         # scratch is kept between calls, for a fresh one costs a page fault every 4 KiB; a deque's ends are thread-safe
         self._scratch: deque[_Room] = deque(maxlen=64)
         self._classes = network.classes

@@ -52,7 +52,7 @@ def replay(path: str, networks: int, thread: bool) -> None:
 
     sys.path.insert(0, str(Path(__file__).parent))
     from mdsnn.kernels import Engine, native
-    from planted import assert_same_trace, seeded_case
+    from planted import assert_same_bits, assert_same_trace, seeded_case
 
     reason = native.missing()
     if reason is not None:
@@ -79,6 +79,8 @@ def replay(path: str, networks: int, thread: bool) -> None:
                     stream.step(*(() if images else (pixels[t],)))
             for result in results:
                 assert_same_trace(result.trace, want)
+            short = engine._backend.run(pixels, False, 3)  # the LIFs' short ways
+            assert_same_bits(short.logits, results[0].logits, f"logits of network {seed} in parts")
         print(f"{level}: {networks} networks, no report", flush=True)
 
 

@@ -31,7 +31,7 @@ typedef struct NAME(follow) {
     int mixed;     /* 1: the second half of the sums is 16 times itself and the first half */
     int16_t *room; /* its rows after bn */
     int32_t *rows; /* its sums, in order, 64 to a step */
-    int64_t *counts; /* spikes of each step, or null */
+    int64_t *counts; /* spikes of each step of this part, or null */
     int room_for;    /* pixels that may still be added to: */
     __m256i fired[MDSNN_STEPS]; /* spikes of each step and channel, at most 255 */
     NAME(constants) c;
@@ -212,9 +212,20 @@ static void NAME(stretch)(view *v)
     v->step = NAME(in_words)(v, v->step);
 }
 
-static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
+/* Whether it is a case for epilogue.h. */
+static int NAME(follows_plain)(const frame *f, const mdsnn_op *op)
 {
     const mdsnn_op *bn = op->bn, *fire = op->fire;
+    return op->width == MDSNN_WIDE || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
+           (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
+                     !(fire->buckets || fire->lines || fire->search == MDSNN_TABLE)));
+}
+
+/* `counts`: where spikes are added up, zeros yet. */
+static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k,
+                               int64_t *counts)
+{
+    const mdsnn_op *fire = op->fire;
     memset(e, 0, sizeof *e);
     e->f = f;
     e->op = op;
@@ -254,16 +265,13 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
         e->c.reset = _mm512_min_epu16(e->c.reset, e->c.last);
         e->c.table = fire->code_decode;
     }
-    if (fire && f->plan->values[fire->out].counter >= 0)
-        e->counts = f->call->counts + (ptrdiff_t)f->plan->values[fire->out].counter * f->call->steps + f->first_step;
+    e->counts = fire && f->plan->values[fire->out].counter >= 0 ? counts : 0;
     e->room_for = UINT8_MAX;
     e->clamped = op->width == MDSNN_CLAMPED;
     e->sum = NAME(wide_add_of)(op, &e->other, &e->out);
     NAME(stretch)(&e->other);
     NAME(stretch)(&e->out);
-    e->plain = op->width == MDSNN_WIDE || bn->kind != MDSNN_BN_AFFINE || bn->wide ||
-               (fire && (!f->fresh || f->keep || f->call->trace_h || fire->pre_fire || fire->soft ||
-                         !(fire->buckets || fire->lines || fire->search == MDSNN_TABLE)));
+    e->plain = NAME(follows_plain)(f, op);
 }
 
 /* Go to the channels from `first` on. */

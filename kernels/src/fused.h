@@ -1,28 +1,11 @@
 /* fused.h: a convolution and what follows it, a band of output rows at a time.
  *
- * An operation in parts: each takes some rows, or, where there are few, some blocks of outputs.
+ * An operation in parts: each takes some rows, or, where there are few, some blocks of outputs (tiles.h has a rule of its
+ * own).
  */
 
 /* Whether parts take rows. */
 static inline int NAME(parts_are_rows)(const frame *f, int height) { return f->parts == 1 || height >= f->parts; }
-
-/* Rows first..end and blocks of outputs first..end of this part. */
-typedef struct NAME(share) {
-    int y, end_y, out, end_out;
-} NAME(share);
-
-static inline NAME(share) NAME(share_of)(const frame *f, int height, int outs)
-{
-    NAME(share) s = {0, height, 0, outs};
-    if (NAME(parts_are_rows)(f, height)) {
-        s.y = first_of(f, height);
-        s.end_y = end_of(f, height);
-    } else {
-        s.out = first_of(f, outs);
-        s.end_out = end_of(f, outs);
-    }
-    return s;
-}
 
 static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
@@ -38,7 +21,7 @@ static void NAME(fused_events)(const frame *f, const mdsnn_op *op, const NAME(li
     int32_t *totals = (int32_t *)(sums + sums_row * op->band);
     ptrdiff_t weights = NAME(slab_at)(op, e.own);
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
-    NAME(share) part = NAME(share_of)(f, to.height, e.outs);
+    share part = share_of(f, to.height, e.outs, NAME(parts_are_rows)(f, to.height));
     for (int y = part.y, found = 0; y < part.end_y; y += op->band) {
         int rows = part.end_y - y < op->band ? part.end_y - y : op->band;
         int first = y * op->stride - op->padding, last = first + (rows - 1) * op->stride + op->kernel_height;
@@ -83,7 +66,7 @@ static void NAME(fused_pairs)(const frame *f, const mdsnn_op *op, const NAME(lif
     void *columns = f->work + op->work_input;
     int32_t *sums = (int32_t *)(f->work + op->work_sums);
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
-    NAME(share) part = NAME(share_of)(f, to.height, outs);
+    share part = share_of(f, to.height, outs, NAME(parts_are_rows)(f, to.height));
     for (int y = part.y; y < part.end_y; y++) {
         int64_t at = ticks_start(f);
 #if defined(__AVX2__)
@@ -117,7 +100,7 @@ static void NAME(fused_grouped)(const frame *f, const mdsnn_op *op, const NAME(l
     ptrdiff_t block = (ptrdiff_t)op->kernel_height * op->kernel_width * ins * BLOCK;
     void *sums = f->work + op->work_sums;
     int16_t *y_row = (int16_t *)(f->work + op->work_y);
-    NAME(share) part = NAME(share_of)(f, to.height, outs);
+    share part = share_of(f, to.height, outs, NAME(parts_are_rows)(f, to.height));
     for (int o = part.out; o < part.end_out; o++)
         for (int y = part.y, done = 0; y < part.end_y; y++) {
             int first = y * op->stride - op->padding, last = first + op->kernel_height;
@@ -140,8 +123,10 @@ static int NAME(fused_parts)(const frame *f, const mdsnn_op *op)
 {
     const mdsnn_value *to = &f->plan->values[op->fire ? op->fire->out : op->out];
     int size = f->call->team ? f->call->team->size : 1, outs = (to->channels + BLOCK - 1) / BLOCK;
+#ifdef MDSNN_WITH_TILES
     if (op->method == MDSNN_TILES)
-        return 1;
+        return NAME(tiles_parts)(f, op);
+#endif
     return to->height >= size || to->height >= outs ? (to->height < size ? to->height : size) : outs < size ? outs : size;
 }
 

@@ -94,13 +94,22 @@ static void NAME(clear_border)(const frame *f, int index)
 
 static void NAME(run_op)(const frame *f, const mdsnn_op *op)
 {
+    const mdsnn_value *values = f->plan->values;
     int parts = 1, spikes = op->kind == MDSNN_FUSED ? op->fire ? op->fire->out : -1 : op->out;
     if (spikes >= 0)
         NAME(clear_border)(f, spikes);
-    if (op->kind == MDSNN_FUSED)
+    if (op->kind == MDSNN_FUSED) {
         parts = NAME(fused_parts)(f, op);
-    else if (op->kind != MDSNN_FLATTEN && op->kind != MDSNN_READOUT)
-        parts = NAME(parts_of)(f, f->plan->values[op->out].height);
+#ifdef MDSNN_WITH_TILES
+        const mdsnn_value *in = &values[op->source];
+        if (op->method == MDSNN_TILES && !in->border) { /* all parts read the copy: it is there first */
+            int64_t at = ticks_start(f);
+            mdsnn_share(f, op, 0, parts < 2 ? 1 : NAME(parts_of)(f, in->height + 2 * op->padding), NAME(tiles_copy));
+            ticks_count(f, op, MDSNN_GATHER, at);
+        }
+#endif
+    } else if (op->kind != MDSNN_FLATTEN && op->kind != MDSNN_READOUT)
+        parts = NAME(parts_of)(f, values[op->out].height);
     mdsnn_share(f, op, 0, parts, NAME(run_part));
 }
 
@@ -108,9 +117,6 @@ void NAME(mdsnn_pass)(const frame *f);
 
 void NAME(mdsnn_pass)(const frame *f)
 {
-#ifdef MDSNN_WITH_TILES
-    NAME(tiles_begin)();
-#endif
     for (int i = 0; i < f->plan->op_count; i++) {
         const mdsnn_op *op = &f->plan->ops[i];
         int64_t at = ticks_start(f);
@@ -120,7 +126,4 @@ void NAME(mdsnn_pass)(const frame *f)
             NAME(count_out)(f, op->kind == MDSNN_FUSED ? op->fire : op);
         ticks_count(f, op, MDSNN_WHOLE, at);
     }
-#ifdef MDSNN_WITH_TILES
-    NAME(tiles_end)();
-#endif
 }

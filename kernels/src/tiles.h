@@ -28,6 +28,9 @@
  * Spikes that nothing but tiles of stride 1 read have their padding where they are (mdsnn_value.border), and are not
  * copied.
  *
+ * In parts (tiles_parts): rows of the output, or outputs by 32, whichever leaves less for two parts to read twice: input
+ * or weights. The copy of the input is shared, and made before; each part unpacks what it needs.
+ *
  * The intrinsics of gcc do not say that they touch memory, hence instructions written by hand.
  */
 
@@ -43,6 +46,7 @@ typedef struct NAME(tiles) {
     int across;        /* groups of a row */
 } NAME(tiles);
 
+/* Tiles belong to a thread: whoever does a part configures them, and gives them back. */
 static void NAME(tiles_begin)(void)
 {
     struct {
@@ -61,13 +65,21 @@ static void NAME(tiles_begin)(void)
 
 static void NAME(tiles_end)(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
-/* Copies the input to `to`, unless it has its padding where it is, and says how it lies. */
-APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in, const view *out, int steps,
-                                             uint8_t *to)
+/* Residue classes of the stride, and columns in each. */
+static inline int NAME(classes_of)(const mdsnn_op *op)
+{
+    return op->stride < op->kernel_width ? op->stride : op->kernel_width;
+}
+
+static inline int NAME(columns_of)(const mdsnn_op *op, const view *out)
+{
+    return out->width + (op->kernel_width - 1) / op->stride;
+}
+
+/* How the input lies: where it is, if it has its padding there, or in its copy at `copy`. */
+static NAME(tiles) NAME(tiles_of)(const mdsnn_op *op, const view *in, const view *out, int steps, const uint8_t *copy)
 {
     NAME(tiles) g;
-    int stride = op->stride, classes = stride < op->kernel_width ? stride : op->kernel_width;
-    int columns = out->width + (op->kernel_width - 1) / stride, rows = in->height + 2 * op->padding;
     int common = steps & -steps; /* greatest common divisor of steps and a tile's rows */
     common = common < TILE ? common : TILE;
     g.steps = steps;
@@ -84,37 +96,48 @@ APART static NAME(tiles) NAME(tiles_prepare)(const mdsnn_op *op, const view *in,
         g.chunk = BLOCK;
         return g;
     }
-    g.input = to;
+    g.input = copy;
     g.line = BLOCK;
     g.column = (ptrdiff_t)steps * BLOCK;
-    g.class = columns * g.column;
-    g.row = classes * g.class;
-    g.chunk = rows * g.row;
-    for (int c = 0; c < in->channels; c += BLOCK, to += g.chunk) {
-        size_t here = (size_t)(in->channels - c < BLOCK ? in->channels - c : BLOCK);
-        for (int y = 0; y < rows; y++) {
+    g.class = NAME(columns_of)(op, out) * g.column;
+    g.row = NAME(classes_of)(op) * g.class;
+    g.chunk = (in->height + 2 * op->padding) * g.row;
+    return g;
+}
+
+/* Copies this part's rows of the input with its padding. */
+APART static void NAME(tiles_copy)(const frame *f, const mdsnn_op *op, int what)
+{
+    view in = view_of(f, op->source), out = view_of(f, op->fire ? op->fire->out : op->out);
+    uint8_t *to = f->call->scratch + op->work_input;
+    const int steps = steps_of(f, op), stride = op->stride, rows = in.height + 2 * op->padding;
+    const int classes = NAME(classes_of)(op), columns = NAME(columns_of)(op, &out);
+    const NAME(tiles) g = NAME(tiles_of)(op, &in, &out, steps, to);
+    (void)what;
+    for (int c = 0; c < in.channels; c += BLOCK, to += g.chunk) {
+        size_t here = (size_t)(in.channels - c < BLOCK ? in.channels - c : BLOCK);
+        for (int y = first_of(f, rows), end = end_of(f, rows); y < end; y++) {
             if (y % stride >= op->kernel_height)
                 continue; /* between the windows */
-            int from_y = y - op->padding, inside = from_y >= 0 && from_y < in->height;
+            int from_y = y - op->padding, inside = from_y >= 0 && from_y < in.height;
             for (int class = 0; class < classes; class++)
                 for (int column = 0; column < columns; column++) {
                     uint8_t *at = to + y * g.row + class * g.class + column * g.column;
                     int64_t from_x = (int64_t)column * stride + class - op->padding;
-                    if (!inside || from_x < 0 || from_x >= in->width) {
+                    if (!inside || from_x < 0 || from_x >= in.width) {
                         memset(at, 0, (size_t)g.column);
                         continue;
                     }
-                    const uint8_t *from = in->at + from_y * in->row + from_x * in->pixel + c;
+                    const uint8_t *from = in.at + from_y * in.row + from_x * in.pixel + c;
                     if (here == BLOCK)
                         for (int t = 0; t < steps; t++)
-                            memcpy(at + t * BLOCK, from + t * in->step, BLOCK);
+                            memcpy(at + t * BLOCK, from + t * in.step, BLOCK);
                     else
                         for (int t = 0; t < steps; t++)
-                            memcpy(at + t * BLOCK, from + t * in->step, here);
+                            memcpy(at + t * BLOCK, from + t * in.step, here);
                 }
         }
     }
-    return g;
 }
 
 /* ------------------------------------------------------------------------------------------------ products */
@@ -355,14 +378,38 @@ static const mdsnn_op *NAME(tiles_after)(const mdsnn_plan *plan, const mdsnn_op 
     return 0;
 }
 
+/* Whether parts take rows, and not outputs. Parts by rows read all weights, those by outputs the whole input. */
+static int NAME(tiles_by_rows)(const frame *f, const mdsnn_op *op)
+{
+    const mdsnn_value *in = &f->plan->values[op->source], *to = &f->plan->values[op->fire ? op->fire->out : op->out];
+    int size = f->call->team ? f->call->team->size : 1, outs = (to->channels + PAIR - 1) / PAIR;
+    if (size < 2 || NAME(follows_plain)(f, op)) /* which counts its rows */
+        return 1;
+    if (to->height < size || outs < size)
+        return to->height >= outs;
+    int64_t weights = (int64_t)to->channels * op->kernel_height * op->kernel_width / (op->nibbles ? 2 : 1);
+    return (int64_t)in->height * in->width * steps_of(f, op) >= weights; /* both for each input channel */
+}
+
+static int NAME(tiles_parts)(const frame *f, const mdsnn_op *op)
+{
+    const mdsnn_value *to = &f->plan->values[op->fire ? op->fire->out : op->out];
+    int size = f->call->team ? f->call->team->size : 1, outs = (to->channels + PAIR - 1) / PAIR;
+    int most = NAME(tiles_by_rows)(f, op) ? to->height : outs;
+    return most < size ? most : size;
+}
+
 static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
     static void (*const kinds[3][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_narrow),
                                                              MDSNN_KINDS(pair_clamped)};
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int64_t began = ticks_start(f);
-    NAME(tiles) g = NAME(tiles_prepare)(op, &in, &to, steps_of(f, op), f->call->scratch + op->work_input);
-    began = ticks_count(f, op, MDSNN_GATHER, began);
+    const int outs = (to.channels + PAIR - 1) / PAIR, by_rows = NAME(tiles_by_rows)(f, op);
+    const share part = share_of(f, to.height, outs, by_rows);
+    const int height = part.end_y - part.y, channel = part.out * PAIR, end_channel = part.end_out * PAIR;
+    const NAME(tiles) g = NAME(tiles_of)(op, &in, &to, steps_of(f, op), f->call->scratch + op->work_input);
+    NAME(tiles_begin)();
     int32_t *sums = (int32_t *)(f->work + op->work_sums); /* of the pair at hand, and of the one before */
     ptrdiff_t group = (ptrdiff_t)g.tall * TILE * PAIR, *offsets = (ptrdiff_t *)(f->work + op->work_starts);
     int row = op->kernel_width, window = op->kernel_height * row;
@@ -371,7 +418,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         offsets[tap] = i * g.chunk + ky * g.row + kx % op->stride * g.class + kx / op->stride * g.column;
     }
     NAME(follow) follow[2]; /* of the 32 channels at hand, and of those before */
-    NAME(follow_begin)(&follow[0], f, op, k);
+    int64_t fired[MDSNN_STEPS] = {0};
+    NAME(follow_begin)(&follow[0], f, op, k, fired);
     follow[0].room = (int16_t *)(f->work + op->work_y);
     follow[0].rows = sums + 8 * group;
     follow[1] = follow[0];
@@ -382,11 +430,12 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         : kinds[follow[0].clamped ? 2 : op->bn->short_product != 0][op->other >= 0][op->out >= 0]
                [!op->fire ? 0 : op->fire->buckets ? 1 : op->fire->lines ? 2 : 3];
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
-    int side_by_side = g.across / 2 * to.height, pairs = side_by_side + (g.across % 2 * to.height + 1) / 2;
+    int side_by_side = g.across / 2 * height, pairs = side_by_side + (g.across % 2 * height + 1) / 2;
     int taps = g.chunks * window, turn = 0;
     int8_t *unpacked = (int8_t *)f->work + op->work_slab; /* two blocks, one in use, one on its way */
-    NAME(stream) next = {.from = op->weight, .to = unpacked, .left = op->nibbles ? taps : 0};
-    int groups = g.across * to.height, four = op->nibbles && !follow[0].plain && groups > 2 && groups <= 4 &&
+    ptrdiff_t block = (ptrdiff_t)taps * (op->nibbles ? 1 : 2) * TILE * BLOCK; /* weights of 32 outputs */
+    NAME(stream) next = {.from = op->weight + part.out * block, .to = unpacked, .left = op->nibbles ? taps : 0};
+    int groups = g.across * height, four = op->nibbles && !follow[0].plain && groups > 2 && groups <= 4 &&
                                               g.tall == 1 && 4 * g.pixels <= NAME(slots);
     int rounds = four ? 1 : pairs, halves = four ? 1 : 2;
     follow[0].mixed = follow[1].mixed = four;
@@ -396,7 +445,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     for (int tap = 0; tap < window; tap++) {
         unsigned rows_there = 0; /* where there are four groups, all rows are summed at once */
         for (int j = 0; j < 4; j++) {
-            int y = j % to.height * op->stride + tap / row - op->padding;
+            int y = (part.y + j % height) * op->stride + tap / row - op->padding;
             rows_there |= (unsigned)(j < groups && y >= 0 && y < in.height) << j;
         }
         needs[tap] = (uint8_t)rows_there;
@@ -404,22 +453,22 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(job) job = {.op = op, .g = &g, .taps = offsets, .needs = needs, .next = &next, .many = four ? 4 : 2};
     for (int j = 0; j < 4; j++)
         job.held[j] = sums; /* nothing yet */
-    for (int c = 0, n = 0; c < to.channels; c += PAIR, n = !n) {
-        if (c) {
+    for (int c = channel, n = 0; c < end_channel; c += PAIR, n = !n) {
+        if (c > channel) {
             NAME(count_fired)(&follow[n]);
             follow[n] = follow[!n];
             memset(follow[n].fired, 0, sizeof follow[n].fired);
         }
         NAME(follow_channels)(&follow[n], c);
         job.tap = halves * TILE * BLOCK;
-        job.half[0] = op->nibbles ? unpacked + n * taps * job.tap : op->weight + c / PAIR * taps * job.tap;
-        job.half[1] = four ? op->weight + c / PAIR * taps * job.tap : job.half[0] + TILE * BLOCK;
+        job.half[0] = op->nibbles ? unpacked + n * taps * job.tap : op->weight + c / PAIR * block;
+        job.half[1] = four ? op->weight + c / PAIR * block : job.half[0] + TILE * BLOCK;
         if (op->nibbles) {
             next.to = unpacked + !n * taps * job.tap;
-            next.left = c + PAIR < to.channels ? taps : 0;
+            next.left = c + PAIR < end_channel ? taps : 0;
         } else { /* or as much of the operation behind */
-            const mdsnn_op *then = c + PAIR < to.channels ? op : NAME(tiles_after)(f->plan, op);
-            next.from = !then ? 0 : then == op ? job.half[0] + taps * job.tap : then->weight;
+            const mdsnn_op *then = c + PAIR < end_channel ? op : NAME(tiles_after)(f->plan, op);
+            next.from = !then ? 0 : then == op ? job.half[0] + block : then->weight;
             next.to = 0;
             next.left = then ? 8 * taps : 0;
         }
@@ -430,12 +479,12 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             int first = op->kernel_height, end = 0, ys[4], xs[4], pixels[4];
             for (int j = 0; j < job.many; j++) {
                 int beside = i < side_by_side, k_th = four ? j : beside ? i : 2 * (i - side_by_side) + j;
-                int there = four ? j < groups : beside || k_th < to.height; /* else the last one again, for nothing */
-                int y = there ? k_th % to.height : to.height - 1, x = g.across - 1;
+                int there = four ? j < groups : beside || k_th < height; /* else the last one again, for nothing */
+                int y = part.y + (there ? k_th % height : height - 1), x = g.across - 1;
                 if (four && there)
-                    x = k_th / to.height;
+                    x = k_th / height;
                 else if (beside)
-                    x = k_th / to.height * 2 + j;
+                    x = k_th / height * 2 + j;
                 x *= g.pixels;
                 ys[j] = y;
                 xs[j] = x;
@@ -469,10 +518,13 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     job.first = job.end = 0; /* no products: what is left */
     job.before = &batches[!turn];
     pair(&job);
-    if (follow[0].plain && op->fire)
-        NAME(count)(f, op->fire->out, follow[0].counts);
+    NAME(tiles_end)();
     NAME(count_fired)(&follow[0]);
     NAME(count_fired)(&follow[1]);
+    if (follow[0].plain && follow[0].counts)
+        NAME(count)(f, op->fire->out, fired);
+    if (follow[0].counts)
+        NAME(add_counts)(f, op->fire->out, fired);
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
 

@@ -48,6 +48,24 @@ typedef struct frame {
 static inline int first_of(const frame *f, int count) { return (int)((int64_t)count * f->part / f->parts); }
 static inline int end_of(const frame *f, int count) { return (int)((int64_t)count * (f->part + 1) / f->parts); }
 
+/* Rows first..end and blocks of outputs first..end of a frame's part: of all blocks, `by_rows`, or of all rows. */
+typedef struct share {
+    int y, end_y, out, end_out;
+} share;
+
+static inline share share_of(const frame *f, int height, int outs, int by_rows)
+{
+    share s = {0, height, 0, outs};
+    if (by_rows) {
+        s.y = first_of(f, height);
+        s.end_y = end_of(f, height);
+    } else {
+        s.out = first_of(f, outs);
+        s.end_out = end_of(f, outs);
+    }
+    return s;
+}
+
 static inline view view_of(const frame *f, int index)
 {
     const mdsnn_value *v = &f->plan->values[index];
