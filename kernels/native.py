@@ -186,7 +186,7 @@ class NativeBackend:
 
     network  any IntegerNetwork (building one proved it)
     level    an instruction set this machine can run; None: `isa()`, the one in use
-    raises   MissingError  if the extension is not there, or cannot run what MDSNN_ISA names
+    raises   MissingError  if the extension is not there, or this machine cannot run `level` or what MDSNN_ISA names
              ConfigError   if MDSNN_ISA names no instruction set
     """
 
@@ -194,6 +194,8 @@ class NativeBackend:
 
     def __init__(self, network: IntegerNetwork, level: str | None = None) -> None:
         self.network = network
+        if level is not None and level not in isa_levels():  # asking is also what has AMX granted
+            raise MissingError(f"engine 'native': this machine runs {', '.join(isa_levels())}, not {level}")
         self.isa = isa() if level is None else level
         """The instruction set in use."""
         self._level = ISA_LEVELS.index(self.isa)

@@ -419,3 +419,10 @@ def test_a_file_of_packed_weights_is_not_kept() -> None:
             while isinstance(owner, np.ndarray):
                 owner = owner.base
             assert owner is None, f"{node.name}: {attribute}"
+
+
+@needs_native
+def test_a_level_that_is_none_of_the_machine() -> None:
+    network = seeded_case(1)[0]
+    with pytest.raises(MissingError, match=r"this machine runs .*base.*, not sparc"):
+        native.NativeBackend(network, "sparc")
