@@ -1,7 +1,5 @@
 """`python -m mdsnn`: the same as the `mdsnn` command."""
 
-import sys
+from mdsnn.cli import program
 
-from mdsnn.cli import main
-
-sys.exit(main())
+program()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -185,5 +187,21 @@ def team(device: str = "cpu") -> Iterator[Team]:
 
 
 def _leave() -> None:
+    """Leave the group, and wait for gloo's threads: one that still lets go of a tensor while Python ends aborts it."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()  # what DistributedDataParallel holds in cycles holds the group too
+
+
+def end(code: int) -> NoReturn:
+    """End this process with `code`; one that has joined others does so without taking Python down.
+
+    After a failure gloo's threads cannot be waited for, since the others may be gone; Python must not end under them.
+    """
+    if not distributed.is_initialized():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):
+            stream.flush()
+    os._exit(code)

@@ -186,8 +186,7 @@ def test_the_references_commands_run_stop_and_go_on_to_the_same_bits(both: Any, 
 COMMAND = (
     WORKER
     + """
-from mdsnn.cli import main
-from mdsnn.cli import train as command
+from mdsnn.cli import program
 SMALL = ["--blocks", "1", "--widths", "4", "--time-window", "2", "--epochs", "50", "--batch-size", "128"]
 step = train._Run._step
 def told(run, *rest):
@@ -196,7 +195,8 @@ def told(run, *rest):
         HOW
     return done
 train._Run._step = told
-sys.exit(main(["train", *SMALL, "--save-path", sys.argv[1]]))
+sys.argv = ["mdsnn", "train", *SMALL, "--save-path", sys.argv[1]]
+program()
 """
 )
 
@@ -257,6 +257,46 @@ def test_a_share_is_augmented_as_in_the_whole_batch(changes: dict[str, int]) -> 
         share, generator = Team(rank, 3).share(11), torch.Generator().manual_seed(5)
         part = augment(x[:, share], Augmentation(**changes), generator, part=(share, 11))
         assert torch.equal(part, whole[:, share])
+
+
+BUSY = """
+import os, sys, time
+import torch
+from torch import distributed
+from mdsnn import parallel
+class Held:
+    pass
+try:
+    with parallel.team() as found:
+        cycle = Held()
+        cycle.me, cycle.model = cycle, found.wrap(torch.nn.Linear(1, 1), torch.device("cpu"), unused=False)
+        del cycle
+        if found.rank:
+            time.sleep(1)
+        work = distributed.all_reduce(torch.ones(3), async_op=True)
+        if found.rank:
+            work.wait()
+            time.sleep(3)
+        else:  # Python runs on while gloo ends the work: its thread waits to let go of the tensor
+            del work
+            sys.setswitchinterval(1000.0)
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                pass
+        if sys.argv[1] == "fails":
+            raise ValueError
+except ValueError:
+    pass
+if sys.argv[2] == "program":
+    parallel.end(5)
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("words", [("ends", "script"), ("ends", "program"), ("fails", "program")], ids=" ".join)
+def test_the_end_of_python_does_not_cut_gloo_short(words: tuple[str, str]) -> None:
+    ends = wait(start(BUSY, *words))
+    assert [(code, out, err) for code, out, err in ends] == [(5, "", "")] * 2
 
 
 def test_a_process_alone_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -174,3 +175,12 @@ def main(args: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         return _explain(fault)
+
+
+def program() -> NoReturn:
+    """Run the command line as a program of its own: the end of `main` is the end of the process."""
+    code = main()
+    parallel = sys.modules.get("mdsnn.parallel")  # only `train` imports it, and torch
+    if parallel is not None:
+        parallel.end(code)
+    sys.exit(code)
