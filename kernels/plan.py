@@ -719,6 +719,9 @@ class Plan:
             if hi - lo < _TABLE:
                 patterns = tables.spike_patterns(node, np.arange(lo, hi + 1), self.network.timesteps)
                 fields.update(pattern=self._pointer("uint8_t", patterns, np.uint8), pattern_first=lo)
+                change, flip = tables.pattern_changes(patterns[: hi - lo + 1], lo)
+                if len(change) <= self.lib.MDSNN_CHANGES and _within((lo, hi)):
+                    fields.update(pattern_changes=len(change), pattern_change=change, pattern_flip=flip)
         cells = tables.find_cells(reach, node) if limit is not None else None
         if cells is not None:
             base, span, factor, *arrays = cells

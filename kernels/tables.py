@@ -292,6 +292,13 @@ def spike_patterns(lif: Lif, x: Array, steps: int) -> Array:
     return patterns
 
 
+def pattern_changes(patterns: Array, first: int) -> tuple[list[int], list[int]]:
+    """Each x, of which `first` is the first, whose pattern is not that of x - 1, and the bits in which they differ."""
+    flips = patterns[1:] ^ patterns[:-1]
+    places = np.flatnonzero(flips)
+    return (places + first + 1).tolist(), flips[places].tolist()
+
+
 def affine_of(node: BnDense, lo: Array, hi: Array, saturation: int) -> BnAffine | None:
     """The table as multiply, add and shift, 16-bit multipliers and 32-bit sums; None if that cannot give all entries.
 

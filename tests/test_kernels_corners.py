@@ -384,6 +384,34 @@ def test_every_spike_of_a_lif_that_stands_alone(name: str, channels: int, monkey
     check(network, rng.integers(0, 256, (2, 2, 4, 7), np.uint8), name, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("channels", [64, 70, 128, 200])
+def test_spikes_of_a_fixed_stream_that_change_at_few_places_and_at_many(
+    name: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each channel is a place where the spikes of some step change, or is beside one, or is any."""
+    rng, steps = np.random.default_rng(channels), 8
+    few = lif("few", "bn", rng, 2, v_th=300)
+    many = Lif("many", "bn", 8, np.arange(-127, 128) * 3, np.arange(-127, 127) * 3 + 1, 150, "soft", 150)
+    x = np.arange(-500, 500)
+    places = [tables.pattern_changes(tables.spike_patterns(node, x, steps)[:-3], -500)[0] for node in (few, many)]
+    assert 0 < len(places[0]) <= 8 < len(places[1])
+    near = np.concatenate([np.array(found)[:, None] + [-1, 0, 1] for found in places]).ravel()
+    offset = np.concatenate([near, rng.integers(-500, 500, channels)])[:channels]
+    nodes: list[Node] = [
+        InputTable("input", np.zeros((2, 256), int)),
+        Conv("stem", "input", np.ones((channels, 2, 1, 1), int), 4),
+        BnAffine("bn", "stem", np.ones(channels, int), offset, np.zeros(channels, int)),
+        *(few, many),
+    ]
+    for source in ("few", "many"):
+        conv = Conv(f"conv_{source}", source, rng.integers(-7, 8, (channels, channels, 1, 1)), 4)
+        nodes += [conv, affine(f"bn_{source}", conv.name, channels, rng, 4)]
+    nodes += [Add("add", "bn_few", "bn_many"), lif("last", "add", rng), SumPool("sum", "last", 3, 3)]
+    network = close(nodes, InputSpec(2, 3, 3), channels, steps)
+    check(network, rng.integers(0, 256, (2, 2, 3, 3), np.uint8), name, monkeypatch)
+
+
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 @pytest.mark.skipif(native.unloaded() is not None, reason=str(native.unloaded()))
 @pytest.mark.parametrize(("stride", "second", "border"), [(1, None, 1), (2, None, 0), (1, 1, 1), (1, 0, 0)])

@@ -12,7 +12,8 @@
  * table's increments, or a byte shuffle where there is one (AVX2). Where AVX-512 can permute 32 words, one comparison is
  * enough: with the threshold of u's bucket. With many thresholds a line under u's cell has their steps, also by
  * permutations; without such lines each lane looks its code up in a dense table, or bisects where that table would be too
- * large. A LIF behind what is the same at every step (the stem of an image) looks up the spikes of all its steps at once.
+ * large. A LIF behind what is the same at every step (the stem of an image) has the spikes of all its steps at once: by
+ * comparisons where they change at few places, else from a table.
  * Sums of vectors are unsigned: they wrap, and the result is proven to fit.
  */
 
@@ -435,6 +436,59 @@ static void STREAM_NAME(lif_row)(const frame *f, const mdsnn_op *op, const STREA
     }
 }
 
+#if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
+/* The spikes of all steps of 64 neurons, a byte each. */
+static inline __m512i NAME(patterns)(const mdsnn_op *op, const int16_t *x)
+{
+    if (op->pattern_changes) {
+        const __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 32);
+        __m512i pattern = _mm512_set1_epi8((char)op->pattern[0]);
+        for (int i = 0; i < op->pattern_changes; i++) {
+            const __m512i change = _mm512_set1_epi16(op->pattern_change[i]);
+            const __mmask64 behind = _mm512_kunpackd(_mm512_cmpge_epi16_mask(high, change),
+                                                     _mm512_cmpge_epi16_mask(low, change));
+            const __m512i flip = _mm512_maskz_set1_epi8(behind, (char)op->pattern_flip[i]);
+            pattern = _mm512_xor_si512(pattern, flip);
+        }
+        return pattern;
+    }
+    __m128i quarter[4];
+    for (int i = 0; i < 4; i++) {
+        __m512i at = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(x + 16 * i)));
+        at = _mm512_sub_epi32(at, _mm512_set1_epi32(op->pattern_first));
+        quarter[i] = _mm512_cvtepi32_epi8(_mm512_i32gather_epi32(at, op->pattern, 1));
+    }
+    __m512i pattern = _mm512_inserti32x4(_mm512_castsi128_si512(quarter[0]), quarter[1], 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(pattern, quarter[2], 2), quarter[3], 3);
+}
+#elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
+/* The spikes of all steps of 32 neurons, a byte each. */
+static inline __m256i NAME(patterns)(const mdsnn_op *op, const int16_t *x)
+{
+    if (op->pattern_changes) {
+        const __m256i low = _mm256_loadu_si256((const __m256i *)x), high = _mm256_loadu_si256((const __m256i *)(x + 16));
+        __m256i pattern = _mm256_set1_epi8((char)op->pattern[0]);
+        for (int i = 0; i < op->pattern_changes; i++) {
+            const __m256i change = _mm256_set1_epi16(op->pattern_change[i]);
+            const __m256i before = _mm256_packs_epi16(_mm256_cmpgt_epi16(change, low), _mm256_cmpgt_epi16(change, high));
+            const __m256i flip = _mm256_andnot_si256(before, _mm256_set1_epi8((char)op->pattern_flip[i]));
+            pattern = _mm256_xor_si256(pattern, flip);
+        }
+        return _mm256_permute4x64_epi64(pattern, 0xD8);
+    }
+    __m256i eight[4];
+    for (int i = 0; i < 4; i++) {
+        __m256i at = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(x + 8 * i)));
+        at = _mm256_sub_epi32(at, _mm256_set1_epi32(op->pattern_first));
+        at = _mm256_i32gather_epi32((const int *)(const void *)op->pattern, at, 1);
+        eight[i] = _mm256_and_si256(at, _mm256_set1_epi32(0xFF));
+    }
+    __m256i pattern = _mm256_packus_epi16(_mm256_packus_epi32(eight[0], eight[1]),
+                                          _mm256_packus_epi32(eight[2], eight[3]));
+    return _mm256_permutevar8x32_epi32(pattern, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#endif
+
 /* A LIF whose input is the same at every step, from a fresh start: its spikes are a function of that input. */
 static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const view *in, const view *out)
 {
@@ -446,14 +500,7 @@ static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const vie
             int c = 0;
 #if defined(STREAM_IS_NARROW) && defined(__AVX512BW__)
             for (; c + 64 <= out->channels; c += 64) {
-                __m128i quarter[4];
-                for (int i = 0; i < 4; i++) {
-                    __m512i at = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(from + c + 16 * i)));
-                    at = _mm512_sub_epi32(at, _mm512_set1_epi32(op->pattern_first));
-                    quarter[i] = _mm512_cvtepi32_epi8(_mm512_i32gather_epi32(at, op->pattern, 1));
-                }
-                __m512i pattern = _mm512_inserti32x4(_mm512_castsi128_si512(quarter[0]), quarter[1], 1);
-                pattern = _mm512_inserti32x4(_mm512_inserti32x4(pattern, quarter[2], 2), quarter[3], 3);
+                __m512i pattern = NAME(patterns)(op, from + c);
                 for (int t = 0; t < f->steps; t++) {
                     __mmask64 fired = _mm512_test_epi8_mask(pattern, _mm512_set1_epi8((char)(1 << t)));
                     _mm512_storeu_si512(to + t * out->step + c, _mm512_maskz_set1_epi8(fired, 1));
@@ -462,16 +509,7 @@ static void STREAM_NAME(lif_fixed)(const frame *f, const mdsnn_op *op, const vie
             }
 #elif defined(STREAM_IS_NARROW) && defined(__AVX2__)
             for (; c + 32 <= out->channels; c += 32) {
-                __m256i eight[4];
-                for (int i = 0; i < 4; i++) {
-                    __m256i at = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(from + c + 8 * i)));
-                    at = _mm256_sub_epi32(at, _mm256_set1_epi32(op->pattern_first));
-                    at = _mm256_i32gather_epi32((const int *)(const void *)op->pattern, at, 1);
-                    eight[i] = _mm256_and_si256(at, _mm256_set1_epi32(0xFF));
-                }
-                __m256i pattern = _mm256_packus_epi16(_mm256_packus_epi32(eight[0], eight[1]),
-                                                      _mm256_packus_epi32(eight[2], eight[3]));
-                pattern = _mm256_permutevar8x32_epi32(pattern, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+                __m256i pattern = NAME(patterns)(op, from + c);
                 for (int t = 0; t < f->steps; t++) {
                     __m256i bit = _mm256_srl_epi16(pattern, _mm_cvtsi32_si128(t));
                     _mm256_storeu_si256((__m256i *)(to + t * out->step + c),

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 19 };
+enum mdsnn_version { MDSNN_CONTRACT = 20 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -57,8 +57,8 @@ enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
  * the same for number (clamp(u - base, 0, span) * factor) >> 16 of 15, where there are few thresholds. Lines, where
  * there are many: with x = max(u, base) + bias, a word without sign, u lies under line number (x * each >> 16) % 64, and
  * decodes to (((y >> fraction & mask) | rest) * factor >> 16) - bias, where y is the word
- * ((x << shift) % 2**16 * slope >> 16) + offset. */
-enum mdsnn_limits { MDSNN_BUCKETS = 31, MDSNN_CELLS = 15, MDSNN_LINES = 64 };
+ * ((x << shift) % 2**16 * slope >> 16) + offset. Changes: of the spikes of all steps, where x is the same at each. */
+enum mdsnn_limits { MDSNN_BUCKETS = 31, MDSNN_CELLS = 15, MDSNN_LINES = 64, MDSNN_CHANGES = 8 };
 
 /* Where an operation's time goes: its input as the method wants it (lists of spikes, a copy for the tiles, columns for
  * pairs); sums of products; bn, add and LIF. The whole of an operation holds more than these. */
@@ -133,6 +133,9 @@ typedef struct mdsnn_op {
     const uint8_t *pattern; /* entry x - pattern_first: bit t says whether x, from a fresh start and the same at every
                              * step, fires at step t; 3 more entries. Null where x is not fixed, or steps above 8 */
     int32_t pattern_first;
+    int32_t pattern_changes; /* places in the table where an entry is not the one before; 0 if they are too many */
+    int16_t pattern_change[MDSNN_CHANGES]; /* the x at each */
+    uint8_t pattern_flip[MDSNN_CHANGES];   /* the bits that change there */
     int32_t x_limit; /* spikes and codes are the same for a stream clamped to -x_limit..x_limit, and h has 16 bits then;
                       * 0: there is no such limit */
     int32_t v_th, v_soft, q_th;
