@@ -652,6 +652,7 @@ class Plan:
             "bn": bn,
             "fire": fire,
             "width": group.width,
+            **self._clamp(group, fire),
             "method": method,
             "flush": flush,
             "widen": widen,
@@ -684,6 +685,28 @@ class Plan:
         narrow = all(int(factor.min()) > -(2**15) and int(factor.max()) < 2**15 for factor in factors)
         return narrow and self.network.proof.product_bits.get(node.name) != 64
 
+    def _clamp(self, group: Group, fire: Any) -> dict[str, int]:
+        """How the operation keeps its bn between its ends (enum mdsnn_clamp), and the fields that this takes."""
+        bn = self._affine(group.bn) if isinstance(group.bn, BnDense) else group.bn
+        saturation, ends = self.network.grid.saturation, {"clamp": self.lib.MDSNN_CLAMP_ENDS}
+        if bn is None or not self._short_product(bn) or group.width != _NARROW:
+            return ends
+        bounds = self.network.proof.channel_bounds[bn.source]
+        sums = np.stack([bound.astype(np.int64) * bn.multiplier + bn.offset for bound in bounds])
+        shift = bn.shift.astype(np.int64)
+        if group.fire is not None and group.add is None and not group.stream and fire.buckets == 2:
+            most = int(np.abs(group.fire.decode).max())
+            fits = int((sums + (saturation << shift)).max()) < 2**31 and saturation + 2 * most + fire.v_th < 2**16
+            beyond = -saturation + most < min(fire.threshold[0], fire.v_th + 1) and saturation - most > fire.v_th
+            fits = fits and fire.bucket_base + saturation + most >= 0
+            none = {"clamp": self.lib.MDSNN_CLAMP_NONE, "clamp_bias": saturation, "decode_bias": most}
+            return none if fits and beyond else ends
+        bits = 16 - saturation.bit_length()
+        fits = int((sums - (1 << np.maximum(shift - 1, 0))).min()) >= -(2**31)
+        if saturation & (saturation - 1) or not 0 < bits <= int(shift.min()) or not fits:
+            return ends
+        return {"clamp": self.lib.MDSNN_CLAMP_ROUNDING, "clamp_bits": bits}
+
     def _lif(self, node: Lif) -> dict[str, Any]:
         membrane, limit = self.network.proof.membranes[node.name], self.limits[node.name]
         if limit is not None:  # then the 16 bits of h are all there is to it
@@ -710,7 +733,8 @@ class Plan:
         if buckets is not None:
             base, shift, *arrays = buckets
             names = ("bucket_threshold", "bucket_code", "bucket_decode")
-            fields.update(buckets=1, bucket_base=base, bucket_shift=shift)
+            ends = max(fields["v_th"], 0) - base < tables.BUCKETS << shift  # a hard reset keeps no larger u
+            fields.update(buckets=2 if ends else 1, bucket_base=base, bucket_shift=shift)
             fields.update(
                 {name: self._pointer("int16_t", table, np.int16) for name, table in zip(names, arrays, strict=True)}
             )

@@ -76,13 +76,14 @@ def limit_of(lif: Lif, stream: tuple[int, int]) -> int | None:
 def find_buckets(reach: Reach, lif: Lif) -> tuple[int, int, Array, Array, Array] | None:
     """Buckets of u that hold one threshold each (see mdsnn.h): base, shift, thresholds, codes, decoded codes.
 
-    None where that takes more than 31, or u - base could leave 16 bits.
+    None where that takes more than 31, or u - base could leave 16 bits. The smallest that also hold v_th, if they can.
     """
     thresholds = reach.thresholds
     different = int(np.count_nonzero(np.diff(thresholds))) + 1
     if not len(thresholds) or different > BUCKETS:
         return None
-    for shift in range(15, -1, -1):
+    found = None
+    for shift in range(16):
         base = (int(thresholds[0]) - 1) >> shift << shift  # below every threshold
         places = (thresholds - base) >> shift
         apart = int(np.count_nonzero(np.diff(places))) + 1 == different
@@ -92,8 +93,10 @@ def find_buckets(reach: Reach, lif: Lif) -> tuple[int, int, Array, Array, Array]
         at[places] = thresholds
         counts = np.searchsorted(places, np.arange(BUCKETS + 1), side="left")
         codes = reach.code_first + counts
-        return base, shift, at, codes, lif.decode[codes + delta(lif.bits)]
-    return None
+        found = base, shift, at, codes, lif.decode[codes + delta(lif.bits)]
+        if max(lif.v_th, 0) - base < BUCKETS << shift:
+            break
+    return found
 
 
 def find_cells(reach: Reach, lif: Lif) -> tuple[int, int, int, Array, Array] | None:

@@ -12,10 +12,11 @@
 /* Of bn, in the order of the sums; of the LIF, on h + 2**15 without sign: a word is in bucket
  * min(word - base, last) >> bucket, never below the first. */
 typedef struct NAME(constants) {
-    __m512i multiplier_0, multiplier_1, offset_0, offset_1, shift_0, shift_1, bottom, top;
-    __m512i v_th, base, reset, last, bucket, threshold, decode, start;
-    const int32_t *table; /* or mdsnn_op.code_decode */
-    NAME(lines) lines;    /* or, where that is null, these: h is biased by theirs */
+    __m512i multiplier_0, multiplier_1, offset_0, offset_1, shift_0, shift_1, bottom, top, unit;
+    __m512i v_th, base, reset, last, bucket, threshold, decode, start, one;
+    const int32_t *table; /* mdsnn_op.code_decode, or null */
+    int by_lines;         /* 1: h is biased by what lines want */
+    NAME(lines) lines;
 } NAME(constants);
 
 /* What the 32 channels from `first` on need after their sums. */
@@ -62,14 +63,15 @@ typedef struct NAME(cursor) {
 } NAME(cursor);
 
 /* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
- * compiled for its own case: bn affine, with products of 16 bits if `narrow`; a stream of 32 bits if `clamped`; a hard
- * reset after a LIF whose thresholds lie in buckets or, where `table` is 1, under lines or in a table, or, where it is 2,
- * under lines, nothing kept. */
+ * compiled for its own case: bn affine, with products of 16 bits and no MDSNN_CLAMP_ENDS if `quick`; a stream of 32 bits if `clamped`; a hard
+ * reset after a LIF whose thresholds lie in buckets, beyond which u never is, or, where `table` is 2, under lines, or,
+ * where it is 1, anywhere; nothing kept. */
 static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, NAME(follow) *e,
-                                                                     NAME(cursor) *at, int many, int narrow,
+                                                                     NAME(cursor) *at, int many, int quick,
                                                                      int clamped, int adds, int stores, int fires,
                                                                      int table)
 {
+    const int free = quick && fires && !adds && !stores && !table; /* MDSNN_CLAMP_NONE */
     const ptrdiff_t t = at->t, add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
     __m256i fired = _mm256_setzero_si256();
 #pragma GCC unroll 4
@@ -79,7 +81,7 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
         __m512i high = _mm512_loadu_si512(slot->sums + t * PAIR + TILE);
         if (e->mixed) /* 16 times the weights of these outputs and those of the others were one byte */
             high = _mm512_srai_epi32(_mm512_sub_epi32(high, low), 4);
-        if (narrow) { /* multipliers are pairs of 16 bits, the second one 0 */
+        if (quick) { /* multipliers are pairs of 16 bits, the second one 0 */
             low = _mm512_dpwssd_epi32(c->offset_0, low, c->multiplier_0);
             high = _mm512_dpwssd_epi32(c->offset_1, high, c->multiplier_1);
         } else {
@@ -95,26 +97,32 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
             v = (__m512i)NAME(add_wide)(&e->sum, (NAME(v32))v, (NAME(v32))high, adds, slot->add + add_at, stores,
                                         slot->to + to_at);
         } else {
-            v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
+            if (free)
+                v = _mm512_packus_epi32(low, high);
+            else if (quick)
+                v = _mm512_mulhrs_epi16(_mm512_packs_epi32(low, high), c->unit);
+            else
+                v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
             if (adds)
                 v = _mm512_add_epi16(v, _mm512_loadu_si512(slot->add + add_at));
             if (stores)
                 _mm512_storeu_si512(slot->to + to_at, v);
         }
         if (fires) {
-            __m512i h = _mm512_add_epi16(v, at->decoded[j]);
+            __m512i h = free ? _mm512_adds_epu16(v, at->decoded[j]) : _mm512_add_epi16(v, at->decoded[j]);
             __mmask32 still = _mm512_cmple_epu16_mask(h, c->v_th);
             __m256i spikes = _mm256_mask_mov_epi8(_mm256_set1_epi8(1), still, _mm256_setzero_si256());
             _mm256_storeu_si256((__m256i *)(slot->s + s_at), spikes);
             fired = _mm256_add_epi8(fired, spikes);
-            if (table == 2 || (table && !c->table)) {
+            if (table == 2 || (table && c->by_lines)) {
                 __m512i x = _mm512_mask_max_epu16(c->reset, still, h, c->base);
                 at->decoded[j] = NAME(line_decoded)(&c->lines, x);
                 continue;
             }
             __m512i u = _mm512_mask_subs_epu16(c->reset, still, h, c->base);
-            u = _mm512_min_epu16(u, c->last);
-            if (table) {
+            if (table)
+                u = _mm512_min_epu16(u, c->last);
+            if (table && c->table) {
                 const __m512i zero = _mm512_setzero_si512(); /* words apart and together again keep their order */
                 low = _mm512_i32gather_epi32(_mm512_unpacklo_epi16(u, zero), c->table, 4);
                 high = _mm512_i32gather_epi32(_mm512_unpackhi_epi16(u, zero), c->table, 4);
@@ -123,7 +131,7 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
             } else {
                 __m512i i = _mm512_srlv_epi16(u, c->bucket);
                 __mmask32 reached = _mm512_cmpge_epu16_mask(u, _mm512_permutexvar_epi16(i, c->threshold));
-                i = _mm512_mask_add_epi16(i, reached, i, _mm512_set1_epi16(1));
+                i = _mm512_mask_add_epi16(i, reached, i, c->one);
                 at->decoded[j] = _mm512_permutexvar_epi16(i, c->decode);
             }
         }
@@ -134,16 +142,16 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
 
 /* One step of the next four pixels; or of the next one. */
 static inline __attribute__((always_inline)) void NAME(follow_next)(const NAME(constants) *c, NAME(follow) *e,
-                                                                    NAME(cursor) *at, int narrow, int clamped, int adds,
+                                                                    NAME(cursor) *at, int quick, int clamped, int adds,
                                                                     int stores, int fires, int table)
 {
     int many = at->end - at->slot >= 4 ? 4 : at->end - at->slot >= 2 ? 2 : 1;
     if (many == 4)
-        NAME(follow_slots)(c, e, at, 4, narrow, clamped, adds, stores, fires, table);
+        NAME(follow_slots)(c, e, at, 4, quick, clamped, adds, stores, fires, table);
     else if (many == 2)
-        NAME(follow_slots)(c, e, at, 2, narrow, clamped, adds, stores, fires, table);
+        NAME(follow_slots)(c, e, at, 2, quick, clamped, adds, stores, fires, table);
     else
-        NAME(follow_slots)(c, e, at, 1, narrow, clamped, adds, stores, fires, table);
+        NAME(follow_slots)(c, e, at, 1, quick, clamped, adds, stores, fires, table);
     if (++at->t == e->steps) {
         at->t = 0;
         at->slot += many;
@@ -157,8 +165,8 @@ static inline __attribute__((always_inline)) NAME(constants) NAME(constants_of)(
     const NAME(constants) *k = &e->c;
     const NAME(lines) *l = &k->lines;
     return (NAME(constants)){k->multiplier_0, k->multiplier_1, k->offset_0, k->offset_1, k->shift_0, k->shift_1,
-                             k->bottom, k->top, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold, k->decode,
-                             k->start, k->table,
+                             k->bottom, k->top, k->unit, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold, k->decode,
+                             k->start, k->one, k->table, k->by_lines,
                              {{l->slope[0], l->slope[1]}, {l->offset[0], l->offset[1]}, l->each, l->shift, l->fraction,
                               l->mask, l->rest, l->factor}};
 }
@@ -242,7 +250,18 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
     const __m512i sign = _mm512_set1_epi16((short)0x8000);
     e->c.v_th = _mm512_xor_si512((__m512i)k->v_th, sign);
     e->c.start = _mm512_xor_si512((__m512i)k->decode_zero, sign);
-    if (fire && fire->buckets) {
+    e->c.one = _mm512_set1_epi16(1);
+    e->c.unit = _mm512_set1_epi16((short)(1 << (15 - op->clamp_bits)));
+    if (op->clamp == MDSNN_CLAMP_NONE) {
+        __m512i bias = _mm512_set1_epi16((short)(op->clamp_bias + op->decode_bias));
+        e->c.v_th = _mm512_add_epi16((__m512i)k->v_th, bias);
+        e->c.start = _mm512_add_epi16((__m512i)k->decode_zero, _mm512_set1_epi16((short)op->decode_bias));
+        e->c.base = _mm512_add_epi16(k->bucket_base, bias);
+        e->c.reset = _mm512_subs_epu16(bias, e->c.base);
+        e->c.bucket = _mm512_set1_epi16((short)fire->bucket_shift);
+        e->c.threshold = _mm512_sub_epi16(k->bucket_threshold, k->bucket_base);
+        e->c.decode = _mm512_add_epi16(k->bucket_decode, _mm512_set1_epi16((short)op->decode_bias));
+    } else if (fire && fire->buckets) {
         int32_t last = (MDSNN_BUCKETS << fire->bucket_shift) - 1;
         e->c.base = _mm512_xor_si512(k->bucket_base, sign);
         e->c.reset = _mm512_subs_epu16(sign, e->c.base);
@@ -258,6 +277,7 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
         e->c.base = _mm512_add_epi16(_mm512_set1_epi16((short)fire->line_base), bias);
         e->c.reset = _mm512_max_epu16(bias, e->c.base);
         e->c.lines = k->lines;
+        e->c.by_lines = 1;
     } else if (fire && fire->search == MDSNN_TABLE) {
         e->c.base = _mm512_xor_si512(_mm512_set1_epi16((short)fire->code_base), sign);
         e->c.reset = _mm512_subs_epu16(sign, e->c.base);
@@ -295,8 +315,19 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
         for (int half = 0; half < 2; half++)
             *to[i][half] = _mm512_permutex2var_epi32(_mm512_loadu_si512(from[i]), order[half],
                                                      _mm512_loadu_si512(from[i] + TILE));
-    if (bn->short_product && !e->clamped) {
-        e->c.multiplier_0 = _mm512_and_si512(e->c.multiplier_0, _mm512_set1_epi32(0xFFFF));
-        e->c.multiplier_1 = _mm512_and_si512(e->c.multiplier_1, _mm512_set1_epi32(0xFFFF));
+    if (e->clamped || !e->op->clamp)
+        return;
+    const __m512i shifts[2] = {e->c.shift_0, e->c.shift_1};
+    __m512i *const multipliers[2] = {&e->c.multiplier_0, &e->c.multiplier_1}, *const offsets[2] = {&e->c.offset_0, &e->c.offset_1};
+    for (int half = 0; half < 2; half++) {
+        *multipliers[half] = _mm512_and_si512(*multipliers[half], _mm512_set1_epi32(0xFFFF));
+        if (e->op->clamp == MDSNN_CLAMP_NONE) {
+            __m512i bias = _mm512_sllv_epi32(_mm512_set1_epi32(e->op->clamp_bias), shifts[half]);
+            *offsets[half] = _mm512_add_epi32(*offsets[half], bias);
+        } else { /* less a half of 2**shift, and clamp_bits are kept */
+            __m512i one = _mm512_set1_epi32(1), below = _mm512_sub_epi32(shifts[half], one);
+            *offsets[half] = _mm512_sub_epi32(*offsets[half], _mm512_sllv_epi32(one, below));
+            *to[2][half] = _mm512_sub_epi32(shifts[half], _mm512_set1_epi32(e->op->clamp_bits));
+        }
     }
 }

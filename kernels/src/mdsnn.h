@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 20 };
+enum mdsnn_version { MDSNN_CONTRACT = 21 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -49,6 +49,15 @@ enum mdsnn_width {
     MDSNN_NARROW,  /* 16 */
     MDSNN_CLAMPED, /* 32, of which the LIF has to know 16: up to its x_limit */
     MDSNN_WIDE     /* 32 */
+};
+
+/* How a fused operation keeps bn between -saturation and saturation, where bn has short products. */
+enum mdsnn_clamp {
+    MDSNN_CLAMP_ENDS,     /* by a maximum and a minimum */
+    MDSNN_CLAMP_ROUNDING, /* by packing 2**clamp_bits times it, less a half, to 16 bits: saturation * 2**clamp_bits is
+                           * 2**15. Rounding takes the bits away again */
+    MDSNN_CLAMP_NONE      /* not at all: only its LIF reads it, which takes anything beyond saturation for that. Packed
+                           * without sign, with clamp_bias; decoded codes have decode_bias, and sums of both do not wrap */
 };
 
 enum mdsnn_search { MDSNN_COMPARE, MDSNN_TABLE, MDSNN_BISECT };
@@ -118,7 +127,7 @@ typedef struct mdsnn_op {
     const int8_t *code;    /* search by table: code of u = code_base + index, index clamped to 0..code_count - 1 */
     const int32_t *code_decode; /* the same places: decode[q] in the upper half, q in the lower; 16-bit stream */
     int32_t code_base, code_count;
-    int32_t buckets;       /* 1: the thresholds lie in buckets */
+    int32_t buckets;       /* 1: the thresholds lie in buckets; 2: so does every u that does not fire */
     int32_t bucket_base, bucket_shift;
     const int16_t *bucket_threshold; /* [32], out of reach where a bucket has none */
     const int16_t *bucket_code;      /* [32] code of u below the threshold of its bucket; one further, not below */
@@ -144,6 +153,8 @@ typedef struct mdsnn_op {
     const struct mdsnn_op *bn;
     const struct mdsnn_op *fire; /* the LIF, or null */
     int32_t width;         /* enum mdsnn_width; where that is 0, `other` and `out` have 16 bits */
+    int32_t clamp;         /* enum mdsnn_clamp */
+    int32_t clamp_bits, clamp_bias, decode_bias;
     int32_t method;        /* enum mdsnn_method */
     int32_t flush;         /* events_8: rows that 8 bits can add, a multiple of 4;  bytes: fours that 16 bits can add */
     int32_t widen;         /* events: slabs whose sums fit 16 bits together, then they move to 32; 0: all fit.

@@ -271,7 +271,7 @@ static inline void NAME(let_go)(const NAME(job) *job)
 }
 
 /* All products of the groups, and what follows those of the batch before. */
-static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int narrow,
+static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int quick,
                                                                   int clamped, int adds, int stores, int fires,
                                                                   int table)
 {
@@ -325,32 +325,32 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
         } else if (!follows || at.slot == at.end)
             break;
         if (follows && at.slot < at.end)
-            NAME(follow_next)(&c, e, &at, narrow, clamped, adds, stores, fires, table);
+            NAME(follow_next)(&c, e, &at, quick, clamped, adds, stores, fires, table);
     }
 }
 
-#define MDSNN_PAIR(FUNCTION, FOLLOWS, NARROW, CLAMPED, ADDS, STORES, FIRES, TABLE)                                     \
+#define MDSNN_PAIR(FUNCTION, FOLLOWS, QUICK, CLAMPED, ADDS, STORES, FIRES, TABLE)                                     \
     APART static void NAME(FUNCTION)(NAME(job) *job)                                                                   \
     {                                                                                                                  \
-        NAME(tiles_run)(job, FOLLOWS, NARROW, CLAMPED, ADDS, STORES, FIRES, TABLE);                                    \
+        NAME(tiles_run)(job, FOLLOWS, QUICK, CLAMPED, ADDS, STORES, FIRES, TABLE);                                    \
     }
-#define MDSNN_PAIRS(KIND, NARROW, CLAMPED)                                                                             \
-    MDSNN_PAIR(KIND##_store, 1, NARROW, CLAMPED, 0, 1, 0, 0)                                                           \
-    MDSNN_PAIR(KIND##_add_store, 1, NARROW, CLAMPED, 1, 1, 0, 0)                                                       \
-    MDSNN_PAIR(KIND##_fire, 1, NARROW, CLAMPED, 0, 0, 1, 0)                                                            \
-    MDSNN_PAIR(KIND##_store_fire, 1, NARROW, CLAMPED, 0, 1, 1, 0)                                                      \
-    MDSNN_PAIR(KIND##_add_fire, 1, NARROW, CLAMPED, 1, 0, 1, 0)                                                        \
-    MDSNN_PAIR(KIND##_add_store_fire, 1, NARROW, CLAMPED, 1, 1, 1, 0)                                                  \
-    MDSNN_PAIR(KIND##_lines, 1, NARROW, CLAMPED, 0, 0, 1, 2)                                                           \
-    MDSNN_PAIR(KIND##_store_lines, 1, NARROW, CLAMPED, 0, 1, 1, 2)                                                     \
-    MDSNN_PAIR(KIND##_add_lines, 1, NARROW, CLAMPED, 1, 0, 1, 2)                                                       \
-    MDSNN_PAIR(KIND##_add_store_lines, 1, NARROW, CLAMPED, 1, 1, 1, 2)                                                 \
-    MDSNN_PAIR(KIND##_table, 1, NARROW, CLAMPED, 0, 0, 1, 1)                                                           \
-    MDSNN_PAIR(KIND##_store_table, 1, NARROW, CLAMPED, 0, 1, 1, 1)                                                     \
-    MDSNN_PAIR(KIND##_add_table, 1, NARROW, CLAMPED, 1, 0, 1, 1)                                                       \
-    MDSNN_PAIR(KIND##_add_store_table, 1, NARROW, CLAMPED, 1, 1, 1, 1)
+#define MDSNN_PAIRS(KIND, QUICK, CLAMPED)                                                                             \
+    MDSNN_PAIR(KIND##_store, 1, QUICK, CLAMPED, 0, 1, 0, 0)                                                           \
+    MDSNN_PAIR(KIND##_add_store, 1, QUICK, CLAMPED, 1, 1, 0, 0)                                                       \
+    MDSNN_PAIR(KIND##_fire, 1, QUICK, CLAMPED, 0, 0, 1, 0)                                                            \
+    MDSNN_PAIR(KIND##_store_fire, 1, QUICK, CLAMPED, 0, 1, 1, 0)                                                      \
+    MDSNN_PAIR(KIND##_add_fire, 1, QUICK, CLAMPED, 1, 0, 1, 0)                                                        \
+    MDSNN_PAIR(KIND##_add_store_fire, 1, QUICK, CLAMPED, 1, 1, 1, 0)                                                  \
+    MDSNN_PAIR(KIND##_lines, 1, QUICK, CLAMPED, 0, 0, 1, 2)                                                           \
+    MDSNN_PAIR(KIND##_store_lines, 1, QUICK, CLAMPED, 0, 1, 1, 2)                                                     \
+    MDSNN_PAIR(KIND##_add_lines, 1, QUICK, CLAMPED, 1, 0, 1, 2)                                                       \
+    MDSNN_PAIR(KIND##_add_store_lines, 1, QUICK, CLAMPED, 1, 1, 1, 2)                                                 \
+    MDSNN_PAIR(KIND##_table, 1, QUICK, CLAMPED, 0, 0, 1, 1)                                                           \
+    MDSNN_PAIR(KIND##_store_table, 1, QUICK, CLAMPED, 0, 1, 1, 1)                                                     \
+    MDSNN_PAIR(KIND##_add_table, 1, QUICK, CLAMPED, 1, 0, 1, 1)                                                       \
+    MDSNN_PAIR(KIND##_add_store_table, 1, QUICK, CLAMPED, 1, 1, 1, 1)
 
-/* [adds][stores][no fire, by buckets, by lines, by a table] */
+/* [adds][stores][no fire, by buckets that end it, by lines, by any] */
 #define MDSNN_KINDS(KIND)                                                                                            \
     {                                                                                                                \
         {{0, NAME(KIND##_fire), NAME(KIND##_lines), NAME(KIND##_table)},                                             \
@@ -362,7 +362,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
 
 MDSNN_PAIR(pair_alone, 0, 0, 0, 0, 0, 0, 0)
 MDSNN_PAIRS(pair_wide, 0, 0)
-MDSNN_PAIRS(pair_narrow, 1, 0)
+MDSNN_PAIRS(pair_quick, 1, 0)
 MDSNN_PAIRS(pair_clamped, 0, 1)
 
 #undef MDSNN_PAIRS
@@ -401,7 +401,7 @@ static int NAME(tiles_parts)(const frame *f, const mdsnn_op *op)
 
 static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif_constants_i16) *k)
 {
-    static void (*const kinds[3][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_narrow),
+    static void (*const kinds[3][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_quick),
                                                              MDSNN_KINDS(pair_clamped)};
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int64_t began = ticks_start(f);
@@ -427,8 +427,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     batches[0].slots = batches[1].slots = 0;
     batches[1].e = &follow[1];
     void (*pair)(NAME(job) *) = follow[0].plain ? NAME(pair_alone)
-        : kinds[follow[0].clamped ? 2 : op->bn->short_product != 0][op->other >= 0][op->out >= 0]
-               [!op->fire ? 0 : op->fire->buckets ? 1 : op->fire->lines ? 2 : 3];
+        : kinds[follow[0].clamped ? 2 : op->clamp != MDSNN_CLAMP_ENDS][op->other >= 0][op->out >= 0]
+               [!op->fire ? 0 : op->fire->buckets == 2 ? 1 : op->fire->lines && !op->fire->buckets ? 2 : 3];
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * height, pairs = side_by_side + (g.across % 2 * height + 1) / 2;
     int taps = g.chunks * window, turn = 0;
