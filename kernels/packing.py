@@ -106,6 +106,18 @@ def pack_grouped(weight: Array) -> Array:
     return padded.transpose(2, 3, 1, 0)
 
 
+def whole_windows(conv: Conv) -> bool:
+    """Whether tiles take all inputs under a window side by side: several taps, whose inputs one block holds."""
+    taps = int(np.prod(conv.weight.shape[2:]))
+    return conv.groups == 1 and taps > 1 and conv.weight.shape[1] * taps <= BLOCK
+
+
+def tiles_weight(conv: Conv) -> Array:
+    """The weights as tiles see them: of whole windows (C_out, kh * kw * C_in, 1, 1), in the order (ky, kx, in)."""
+    weight = conv.weight
+    return weight.transpose(0, 2, 3, 1).reshape(len(weight), -1, 1, 1) if whole_windows(conv) else weight
+
+
 def four_bits(conv: Conv) -> bool:
     """Whether the weights fit four bits."""
     return conv.bits <= 4

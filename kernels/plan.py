@@ -164,6 +164,8 @@ def _method(network: IntegerNetwork, conv: Conv, isa: str, chunk: int) -> str | 
     _, height, width = proof.shapes[conv.source]
     steps = 1 if proof.static[conv.name] else chunk
     copied = (height + 2 * conv.padding) * (width + 2 * conv.padding + kw) * steps * up(c_in)
+    if packing.whole_windows(conv):
+        copied = _windows_bytes(network, conv, steps)
     events = proof.kinds[conv.source] == "spikes" and packing.list_bytes(conv, width, steps) <= _INPUT_BYTES
     events = events and _widen(network, conv) is not None
     if conv.groups > 1:
@@ -197,6 +199,12 @@ def _spread(network: IntegerNetwork, conv: Conv, chunk: int) -> int:
     width = network.proof.shapes[conv.source][2] + 2 * conv.padding
     steps = 1 if network.proof.static[conv.name] else chunk
     return int(conv.weight.shape[2] * width * steps * conv.weight.shape[1] * BLOCK)
+
+
+def _windows_bytes(network: IntegerNetwork, conv: Conv, steps: int) -> int:
+    """Bytes of whole windows, laid out for tiles."""
+    _, height, width = network.proof.shapes[conv.name]
+    return int(height * width * steps * BLOCK)
 
 
 def _sums_fit(network: IntegerNetwork, conv: Conv) -> bool:
@@ -352,7 +360,7 @@ class Plan:
         paddings: dict[str, set[int]] = {}
         for _, step in self.steps:
             if isinstance(step, Group):
-                tiled = step.method == "tiles" and step.conv.stride == 1
+                tiled = step.method == "tiles" and step.conv.stride == 1 and not packing.whole_windows(step.conv)
                 paddings.setdefault(step.conv.source, set()).add(step.conv.padding if tiled else 0)
                 if step.other:
                     paddings.setdefault(step.other, set()).add(0)
@@ -422,7 +430,7 @@ class Plan:
     def _tiles(self, convs: list[Conv]) -> dict[str, Any]:
         """Weights for the tiles, those of one convolution behind those of the one before; where each begins."""
         for conv in convs:
-            c_out, c_in, kh, kw = conv.weight.shape
+            c_out, c_in, kh, kw = packing.tiles_weight(conv).shape
             pairs = -(-c_out // PAIR) * up(c_in) * kh * kw * PAIR
             self.weight_bytes[conv.name] = pairs // 2 if packing.four_bits(conv) else pairs
         packed = packing.arena(sum(self.weight_bytes.values())).view(np.int8)
@@ -431,7 +439,8 @@ class Plan:
         for conv in convs:
             begins[conv.name] = at
             for first in range(0, len(conv.weight), PAIR):
-                part = packing.pack_tiles(conv.weight[first : first + PAIR], packing.four_bits(conv))
+                some = packing.tiles_weight(conv)[first : first + PAIR]
+                part = packing.pack_tiles(some, packing.four_bits(conv))
                 packed[at : at + part.size].reshape(part.shape)[...] = part
                 at += part.size
         pointer = self._hold("int8_t", packed)
@@ -572,13 +581,16 @@ class Plan:
         if group.method == "pairs":
             return 2 * out_width * steps * packing.window_depth(conv, 2), 0, 0, 0, 4 * row, after_bn
         columns = min(conv.stride, kw) * (out_width + (kw - 1) // conv.stride)
+        copied = (height + 2 * conv.padding) * columns * steps * up(c_in)
+        if packing.whole_windows(conv):
+            copied = _windows_bytes(self.network, conv, steps)
         tall = self._tall(steps)
-        copied = (height + 2 * conv.padding) * columns * steps * up(c_in) + tall * BLOCK
+        _, c_in, kh, kw = packing.tiles_weight(conv).shape
         return (
-            0 if self.values[self.index[conv.source]].border else copied,
-            2 * up(c_in) * conv.weight.shape[2] * kw * PAIR if packing.four_bits(conv) else 0,
+            0 if self.values[self.index[conv.source]].border else copied + tall * BLOCK,
+            2 * up(c_in) * kh * kw * PAIR if packing.four_bits(conv) else 0,
             0,
-            (8 * up(c_in) // BLOCK + 1) * conv.weight.shape[2] * kw,
+            (8 * up(c_in) // BLOCK + 1) * kh * kw,
             (8 * PAIR + BLOCK) * tall * 4,
             tall * BLOCK << wide,
         )
@@ -635,6 +647,9 @@ class Plan:
                 method = self.lib.MDSNN_EVENTS_8 if flush >= _FLUSH else self.lib.MDSNN_EVENTS_16
         if group.method != "tiles":
             self.weight_bytes[conv.name] = self.keep[-1].nbytes
+        depth = packing.window_depth(conv, {"bytes": 4, "tiles": 1}.get(group.method, 2))
+        if group.method == "tiles" and not packing.whole_windows(conv):
+            depth = 0
         work_input, slab, spots, starts, sums, y = (item.offset for item in self.work[conv.name])
         return {
             "kind": self.lib.MDSNN_FUSED,
@@ -659,7 +674,7 @@ class Plan:
             "span": span,
             "nibbles": int(nibbles),
             "band": self._band(group),
-            "depth": packing.window_depth(conv, 4 if group.method == "bytes" else 2),
+            "depth": depth,
             "bias": bias,
             "work_input": work_input,
             "work_slab": slab,

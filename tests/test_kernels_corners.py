@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_kernels_bit_exact import ENGINES, check
+from test_kernels_bit_exact import ENGINES, assert_same_result, check, engine_of
 
 from mdsnn.kernels import Engine, native, packing, plan, tables
 from mdsnn.kernels.formats import Grid
@@ -134,6 +134,62 @@ def test_groups_of_tiles(
     network = close([*nodes, Flatten("flat", "b lif")], InputSpec(2, size, size), channels * size * size, steps)
     pixels = rng.integers(0, 256, (2, 2, size, size), np.uint8)
     check(network, pixels, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("coding", ["image", "events"])
+@pytest.mark.parametrize(
+    ("kernel", "channels", "stride", "padding", "size", "bits"),
+    [
+        ((3, 3), 3, 1, 1, (9, 18), 8),
+        ((3, 3), 7, 2, 1, (8, 7), 4),
+        ((4, 4), 4, 2, 2, (9, 6), 4),
+        ((2, 8), 4, 1, 0, (3, 9), 8),
+        ((1, 8), 8, 1, 0, (2, 11), 4),
+        ((5, 5), 2, 1, 2, (6, 20), 4),
+        ((5, 3), 2, 3, 2, (3, 2), 8),
+        ((2, 5), 3, 1, 1, (2, 5), 8),
+        ((3, 3), 1, 2, 0, (11, 8), 4),
+    ],
+)
+def test_windows_of_few_inputs(
+    name: str,
+    coding: str,
+    kernel: tuple[int, int],
+    channels: int,
+    stride: int,
+    padding: int,
+    size: tuple[int, int],
+    bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most 64 inputs under a window, which tiles take as one: of pixels, the same at every step or not, and of
+    spikes. All kinds of sides, a kernel larger than the image, and 64 inputs. Also in three parts.
+    """
+    rng = np.random.default_rng([*kernel, channels, stride])
+    outs, steps, top = 70, 5, 2 ** (bits - 1) - 1
+    spec = InputSpec(channels, *size, coding)
+    lowest = -128 if coding == "image" else 0
+    nodes: list[Node] = [InputTable("input", rng.integers(lowest, 128, (channels, 256)))]
+    nodes += [Conv("alone", "input", rng.integers(-7, 8, (channels, channels, 1, 1)), 4)]
+    nodes += [affine("alone bn", "alone", channels, rng), lif("alone lif", "alone bn", rng, v_th=0)]
+    for source in ("input", "alone lif"):
+        weight = rng.integers(-top, top + 1, (outs, channels, *kernel))
+        conv = Conv(f"{source} conv", source, weight, bits, stride, padding)
+        assert packing.whole_windows(conv)
+        nodes += [conv, affine(f"{source} bn", conv.name, outs, rng, 4)]
+    nodes += [Add("add", "input bn", "alone lif bn"), lif("last", "add", rng)]
+    nodes += [Flatten("flat", "last")]
+    out = [(side + 2 * padding - k) // stride + 1 for side, k in zip(size, kernel, strict=True)]
+    network = close(nodes, spec, outs * out[0] * out[1], steps)
+    shape = (2, channels, *size) if coding == "image" else (steps, 2, channels, *size)
+    pixels = rng.integers(0, 256, shape, np.uint8)
+    check(network, pixels, name, monkeypatch)
+    if name.startswith("native"):
+        backend = engine_of(network, name, monkeypatch)._backend
+        backend._parts = 3  # a small sample is one thread's otherwise
+        want = Engine(network, "reference", 1).run(pixels, trace=True)
+        assert_same_result(backend.run(pixels, True, 3), want)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 21 };
+enum mdsnn_version { MDSNN_CONTRACT = 22 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -162,7 +162,8 @@ typedef struct mdsnn_op {
     int32_t span;          /* events: blocks of inputs that a block of outputs reads */
     int32_t nibbles;       /* events, tiles: 1: two weights a byte, which are unpacked slab by slab */
     int32_t band;          /* output rows worked on at a time */
-    int32_t depth;         /* pairs, bytes: inputs under a window, even, or a multiple of 4 */
+    int32_t depth;         /* pairs, bytes: inputs under a window, even, or a multiple of 4;  tiles: the same, at most 64,
+                            * if all of them lie side by side; else 0 */
     int32_t bias;          /* bytes: what is added to the inputs, so that none is negative */
     int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch */
     int64_t work_slab;     /* events: a slab of weights, unpacked;  tiles: two blocks of them */

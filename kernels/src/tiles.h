@@ -7,6 +7,9 @@
  * 4 pixels of 4 steps, say. For one tap and 64 inputs they lie side by side, once the input has been copied with its
  * padding, and with a column in each residue class of the stride beside its own kind:
  *     input [in/64][y + padding][class][column][t][in 64]
+ * Where a window has 64 inputs or less (mdsnn_op.depth), the copy is of whole windows, and the products are those of a
+ * 1x1 convolution of these, without padding:
+ *     input [out y][out x][t][(ky, kx, in) 64], the last of the 64 undefined: their weights are 0
  * The right operand is 64 inputs of 16 outputs, four inputs side by side as the instruction wants them:
  *     weights [out/32][in/64][ky][kx][half 2][in/4 16][out 16][in 4]
  * The first half holds the outputs 0-3, 8-11, 16-19 and 24-27 of its 32, the second half the others: vpackssdw of a row of
@@ -44,6 +47,8 @@ typedef struct NAME(tiles) {
     int chunks, steps;
     int tall, pixels;  /* a group: so many tiles, so many pixels */
     int across;        /* groups of a row */
+    int height;        /* of what the window runs over: */
+    int kernel_height, kernel_width, stride, padding;
 } NAME(tiles);
 
 /* Tiles belong to a thread: whoever does a part configures them, and gives them back. */
@@ -88,6 +93,11 @@ static NAME(tiles) NAME(tiles_of)(const mdsnn_op *op, const view *in, const view
     g.across = (out->width + g.pixels - 1) / g.pixels;
     g.chunks = (in->channels + BLOCK - 1) / BLOCK;
     g.class = 0;
+    g.height = in->height;
+    g.kernel_height = op->kernel_height;
+    g.kernel_width = op->kernel_width;
+    g.stride = op->stride;
+    g.padding = op->padding;
     if (in->border) {
         g.input = in->at - in->border * (in->row + in->pixel);
         g.line = in->step;
@@ -99,10 +109,83 @@ static NAME(tiles) NAME(tiles_of)(const mdsnn_op *op, const view *in, const view
     g.input = copy;
     g.line = BLOCK;
     g.column = (ptrdiff_t)steps * BLOCK;
+    if (op->depth) { /* whole windows */
+        g.height = out->height;
+        g.kernel_height = g.kernel_width = g.stride = 1;
+        g.padding = 0;
+        g.row = out->width * g.column;
+        g.chunk = 0; /* there is one */
+        return g;
+    }
     g.class = NAME(columns_of)(op, out) * g.column;
     g.row = NAME(classes_of)(op) * g.class;
     g.chunk = (in->height + 2 * op->padding) * g.row;
     return g;
+}
+
+/* Of the bits of a window, those that lie in an image of `size` rows if the first of its `many` is row `from`: a row has
+ * `each` bits. The same for columns. Padding is less than a window, so there are some. */
+static inline uint64_t NAME(inside)(int from, int size, int many, int each)
+{
+    const int first = from < 0 ? -from : 0, end = size - from < many ? size - from : many;
+    return ~UINT64_C(0) >> (BLOCK - (end - first) * each) << first * each;
+}
+
+/* What a window is put together of, in a register: its rows where those of the input have no gaps, else its pixels. A
+ * piece is read from so far before it as its place is from the window's start. */
+typedef struct NAME(pieces) {
+    int many;
+    uint64_t mask[BLOCK];
+    ptrdiff_t at[BLOCK]; /* from the window's first pixel */
+} NAME(pieces);
+
+/* `count` windows whose parts that meet the image are the same. */
+static inline __attribute__((always_inline)) void NAME(windows)(uint8_t *to, const uint8_t *from, int count,
+                                                                ptrdiff_t next, const NAME(pieces) *p, int many,
+                                                                uint64_t inside)
+{
+    for (; count; count--, to += BLOCK, from += next) {
+        __m512i window = _mm512_setzero_si512();
+        for (int i = 0; i < many; i++)
+            window = _mm512_mask_loadu_epi8(window, p->mask[i] & inside, from + p->at[i]);
+        _mm512_storeu_si512(to, window);
+    }
+}
+
+/* Copies the windows of this part's rows of the output. */
+APART static void NAME(tiles_windows)(const frame *f, const mdsnn_op *op, const view *in, const view *out, uint8_t *to)
+{
+    const int steps = steps_of(f, op), each = in->channels, across = op->kernel_width * each;
+    const int size = in->pixel == each ? across : each, inner = in->width - op->kernel_width + op->padding;
+    const ptrdiff_t stride = op->stride * in->pixel;
+    uint64_t down = 0; /* the first bit of each row of a window */
+    NAME(pieces) p = {.many = op->kernel_height * across / size};
+    for (int i = 0; i < p.many; i++) {
+        const int ky = i * size / across, kx = i * size % across / each;
+        p.mask[i] = ~UINT64_C(0) >> (BLOCK - size) << i * size;
+        p.at[i] = ky * in->row + kx * in->pixel - i * size;
+        down |= UINT64_C(1) << ky * across;
+    }
+    to += (ptrdiff_t)first_of(f, out->height) * out->width * steps * BLOCK;
+    for (int y = first_of(f, out->height), end = end_of(f, out->height); y < end; y++) {
+        const int from_y = y * op->stride - op->padding;
+        const uint64_t rows = NAME(inside)(from_y, in->height, op->kernel_height, across);
+        const uint8_t *from = in->at + from_y * in->row - op->padding * in->pixel;
+        for (int x = 0, count; x < out->width; x += count, from += count * stride) {
+            const int from_x = x * op->stride - op->padding;
+            const uint64_t inside = rows & down * NAME(inside)(from_x, in->width, op->kernel_width, each);
+            count = 1;
+            if (steps == 1 && from_x >= 0 && from_x + op->kernel_width <= in->width) { /* all that are not at a side */
+                count = inner / op->stride + 1 - x;
+                count = count < out->width - x ? count : out->width - x;
+            }
+            if (steps == 1 && p.many == 3)
+                NAME(windows)(to, from, count, stride, &p, 3, inside);
+            else
+                NAME(windows)(to, from, steps == 1 ? count : steps, steps == 1 ? stride : in->step, &p, p.many, inside);
+            to += (ptrdiff_t)count * steps * BLOCK;
+        }
+    }
 }
 
 /* Copies this part's rows of the input with its padding. */
@@ -114,6 +197,10 @@ APART static void NAME(tiles_copy)(const frame *f, const mdsnn_op *op, int what)
     const int classes = NAME(classes_of)(op), columns = NAME(columns_of)(op, &out);
     const NAME(tiles) g = NAME(tiles_of)(op, &in, &out, steps, to);
     (void)what;
+    if (op->depth) {
+        NAME(tiles_windows)(f, op, &in, &out, to);
+        return;
+    }
     for (int c = 0; c < in.channels; c += BLOCK, to += g.chunk) {
         size_t here = (size_t)(in.channels - c < BLOCK ? in.channels - c : BLOCK);
         for (int y = first_of(f, rows), end = end_of(f, rows); y < end; y++) {
@@ -183,7 +270,6 @@ static inline void NAME(unpack_tap)(NAME(stream) *next, int halves)
 
 /* Two groups of outputs by 32 channels, or four, and what goes on between their products. */
 typedef struct NAME(job) {
-    const mdsnn_op *op;
     const NAME(tiles) *g;
     int many; /* groups: 2 or 4 */
     const uint8_t *from[4];
@@ -280,7 +366,7 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     const NAME(slot) *slot = job->before->slot;
     NAME(cursor) at = {slot, slot + job->before->slots, 0, {c.start, c.start, c.start, c.start}};
     const int four = job->many == 4, inside = job->end - job->first;
-    const int window = job->op->kernel_height * job->op->kernel_width;
+    const int window = job->g->kernel_height * job->g->kernel_width;
     const int many = inside * job->g->chunks * (four ? 2 : job->g->tall);
     const int parts = (job->before->slots + 3) / 4 * e->steps;
     if (fires) {
@@ -388,7 +474,9 @@ static int NAME(tiles_by_rows)(const frame *f, const mdsnn_op *op)
     if (to->height < size || outs < size)
         return to->height >= outs;
     int64_t weights = (int64_t)to->channels * op->kernel_height * op->kernel_width / (op->nibbles ? 2 : 1);
-    return (int64_t)in->height * in->width * steps_of(f, op) >= weights; /* both for each input channel */
+    int64_t pixels = op->depth ? (int64_t)to->height * to->width * op->kernel_height * op->kernel_width
+                               : (int64_t)in->height * in->width;
+    return pixels * steps_of(f, op) >= weights; /* both for each input channel */
 }
 
 static int NAME(tiles_parts)(const frame *f, const mdsnn_op *op)
@@ -412,10 +500,10 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(tiles_begin)();
     int32_t *sums = (int32_t *)(f->work + op->work_sums); /* of the pair at hand, and of the one before */
     ptrdiff_t group = (ptrdiff_t)g.tall * TILE * PAIR, *offsets = (ptrdiff_t *)(f->work + op->work_starts);
-    int row = op->kernel_width, window = op->kernel_height * row;
+    const int row = g.kernel_width, window = g.kernel_height * row;
     for (int tap = 0; tap < g.chunks * window; tap++) {
         int i = tap / window, ky = tap % window / row, kx = tap % row;
-        offsets[tap] = i * g.chunk + ky * g.row + kx % op->stride * g.class + kx / op->stride * g.column;
+        offsets[tap] = i * g.chunk + ky * g.row + kx % g.stride * g.class + kx / g.stride * g.column;
     }
     NAME(follow) follow[2]; /* of the 32 channels at hand, and of those before */
     int64_t fired[MDSNN_STEPS] = {0};
@@ -445,12 +533,12 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     for (int tap = 0; tap < window; tap++) {
         unsigned rows_there = 0; /* where there are four groups, all rows are summed at once */
         for (int j = 0; j < 4; j++) {
-            int y = (part.y + j % height) * op->stride + tap / row - op->padding;
-            rows_there |= (unsigned)(j < groups && y >= 0 && y < in.height) << j;
+            int y = (part.y + j % height) * g.stride + tap / row - g.padding;
+            rows_there |= (unsigned)(j < groups && y >= 0 && y < g.height) << j;
         }
         needs[tap] = (uint8_t)rows_there;
     }
-    NAME(job) job = {.op = op, .g = &g, .taps = offsets, .needs = needs, .next = &next, .many = four ? 4 : 2};
+    NAME(job) job = {.g = &g, .taps = offsets, .needs = needs, .next = &next, .many = four ? 4 : 2};
     for (int j = 0; j < 4; j++)
         job.held[j] = sums; /* nothing yet */
     for (int c = channel, n = 0; c < end_channel; c += PAIR, n = !n) {
@@ -476,7 +564,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
             now->slots = 0;
-            int first = op->kernel_height, end = 0, ys[4], xs[4], pixels[4];
+            int first = g.kernel_height, end = 0, ys[4], xs[4], pixels[4];
             for (int j = 0; j < job.many; j++) {
                 int beside = i < side_by_side, k_th = four ? j : beside ? i : 2 * (i - side_by_side) + j;
                 int there = four ? j < groups : beside || k_th < height; /* else the last one again, for nothing */
@@ -490,13 +578,13 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
                 xs[j] = x;
                 pixels[j] = !there ? 0 : to.width - x < g.pixels ? to.width - x : g.pixels;
                 job.sums[j] = sums + (4 * turn + j) * group;
-                job.from[j] = g.input + (ptrdiff_t)y * op->stride * g.row + x * g.column;
-                int above = op->padding - y * op->stride, below = in.height + op->padding - y * op->stride;
+                job.from[j] = g.input + (ptrdiff_t)y * g.stride * g.row + x * g.column;
+                int above = g.padding - y * g.stride, below = g.height + g.padding - y * g.stride;
                 first = above < first ? above : first;
                 end = below > end ? below : end;
             }
             job.first = first < 0 ? 0 : first * row;
-            job.end = end > op->kernel_height ? window : end * row;
+            job.end = end > g.kernel_height ? window : end * row;
             if (job.end <= job.first) { /* nothing but padding: zeros are copied there */
                 job.first = 0;
                 job.end = row;
