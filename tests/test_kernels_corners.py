@@ -441,6 +441,30 @@ def test_every_spike_of_a_lif_that_stands_alone(name: str, channels: int, monkey
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("shift", [0, 2, 3, 7, 15])
+def test_batch_norms_that_leave_their_ends(name: str, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By little and by much, below and above, under a LIF alone and in a stream; shifts with room for rounding or not."""
+    rng, channels = np.random.default_rng(shift), 70
+
+    def steep(conv: str, reach: int) -> BnAffine:
+        multiplier = np.minimum(rng.integers(reach // 2, reach, channels) << shift, 32767)
+        offset = rng.integers(-8, 8, channels) * 512 + rng.integers(-9, 9, channels) << shift
+        return BnAffine(f"bn_{conv}", conv, multiplier * rng.choice([-1, 1], channels), offset, np.full(channels, shift))
+
+    nodes = head(channels, 2, rng, dense=False)
+    source = "lif"
+    for i, (reach, v_th) in enumerate([(60, 200), (600, 300), (60, 3800), (60, 5000)]):
+        conv = Conv(f"conv_{i}", source, rng.integers(-7, 8, (channels, channels, 3, 3)), 4, padding=1)
+        source, codes = f"lif_{i}", np.arange(-7, 8)
+        nodes += [conv, steep(conv.name, reach), Lif(source, f"bn_conv_{i}", 4, codes * 50, codes[:-1] * 60 + 30, v_th)]
+    nodes += [Conv("conv_a", "lif_0", rng.integers(-7, 8, (channels, channels, 1, 1)), 4), steep("conv_a", 99)]
+    nodes += [Conv("conv_b", "lif_3", rng.integers(-7, 8, (channels, channels, 1, 1)), 4), steep("conv_b", 99)]
+    nodes += [Add("add", "bn_conv_a", "bn_conv_b"), lif("last", "add", rng), SumPool("sum", "last", 5, 4)]
+    network = close(nodes, InputSpec(2, 5, 4), channels, 4)
+    check(network, rng.integers(0, 256, (2, 2, 5, 4), np.uint8), name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("channels", [64, 70, 128, 200])
 def test_spikes_of_a_fixed_stream_that_change_at_few_places_and_at_many(
     name: str, channels: int, monkeypatch: pytest.MonkeyPatch
