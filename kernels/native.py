@@ -36,7 +36,7 @@ STAGES = ("gather", "sums", "epilogue", "whole")
 """Where an operation's time goes, as in mdsnn.h: its input laid out, sums of products, bn to LIF; and all of it."""
 METHODS = ("events, 8 bits", "events, 16 bits", "pairs", "bytes", "grouped", "tiles")
 """How a fused convolution is computed, in the order of mdsnn.h."""
-_CONTRACT = 22  # MDSNN_CONTRACT of src/mdsnn.h
+_CONTRACT = 23  # MDSNN_CONTRACT of src/mdsnn.h
 _PARTS = 64  # most threads that share a sample
 _SHARED = 10**8  # dense products of a sample from which on threads share it: 0.2 ms and more
 _REPORT = "please report it with the output of `mdsnn doctor`"

@@ -7,7 +7,7 @@ them (packing.py, tables.py). Every number in it comes from the network's proof,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,7 @@ class Group:
     stream: bool = False  # whether anything else reads the stream
     place: int = 0
     width: int = 0  # enum mdsnn_width
+    codes: Requantize | None = None  # made with the stream, which nothing else reads but the LIF
 
     @property
     def result(self) -> str:
@@ -288,15 +289,21 @@ class Plan:
         ]
         self.limits = {lif.name: tables.limit_of(lif, proof.ranges[lif.source]) for lif in network.lifs}
         self.long = _long_streams(network, [step for _, step in self.steps], self.limits)
-        for place, step in self.steps:
+        for _, step in self.steps:
             if isinstance(step, Group):
                 step.width = _width(network, step, self.long, self.limits)
+        self.packed: dict[str, int] = {}
+        self._codes()
+        for place, step in self.steps:
+            if isinstance(step, Group):
                 if step.stream:
                     self._value(network[step.result], place)
                     if step.other and self.values[-1].type == self.values[self.index[step.other]].type:
                         self.values[-1].over = self.values[self.index[step.other]]
                 if step.fire is not None:
                     self._value(step.fire, place)
+                if step.codes is not None:
+                    self._value(step.codes, place)
                 reads = [step.conv.source, *([step.other] if step.other else [])]
                 dynamic = not proof.static[step.result]
             else:
@@ -338,7 +345,56 @@ class Plan:
         blocks = kind in ("stream", "spikes")
         pitch = -(-shape[0] // BLOCK) * BLOCK if blocks else shape[0]
         self.index[node.name] = len(self.values)
-        self.values.append(_Value(node.name, shape, self._type(node), pitch, proof.static[node.name], place, place))
+        value = _Value(node.name, shape, self._type(node), pitch, proof.static[node.name], place, place)
+        if node.name in self.packed:
+            channels, *sides = shape
+            height, width = (-(-side // self.packed[node.name]) for side in sides)
+            value.shape = channels, height, width
+            self._lines(value)
+        self.values.append(value)
+
+    def _lines(self, value: _Value) -> None:
+        """Have tiles read a value where it is.
+
+        The blocks of a step of a pixel are an odd number then: lines an even number apart share few sets of the cache.
+        """
+        value.pitch = (-(-value.pitch // BLOCK) | 1) * BLOCK
+        value.spare = self._tall(self.chunk) * value.pitch
+
+    def _codes(self) -> None:
+        """Codes that only tiles read are packed: those of rows and columns that nobody reads have no place.
+
+        Where a fused operation by tiles makes their stream, and its LIF alone reads that beside them, they are made
+        there, and are no operation.
+        """
+        readers: dict[str, list[Node | Group]] = {}
+        made = {step.result: step for _, step in self.steps if isinstance(step, Group)}
+        for _, step in self.steps:
+            for name in (step.conv.source, step.other or "") if isinstance(step, Group) else step.inputs:
+                readers.setdefault(name, []).append(step)
+        for at, (_, step) in reversed([*enumerate(self.steps)]):
+            if not isinstance(step, Requantize) or self.network.proof.static[step.name]:
+                continue
+            after = readers.get(step.name, [])
+            tiled = [reader for reader in after if isinstance(reader, Group) and reader.method == "tiles"]
+            if not tiled or len(tiled) < len(after):
+                continue
+            strides = {_read_stride(group.conv) for group in tiled}
+            self.packed[step.name] = stride = strides.pop() if len(strides) == 1 else 1
+            for group in tiled:
+                group.conv = replace(group.conv, stride=group.conv.stride // stride)
+            maker = made.get(step.source)
+            if maker and maker.method == "tiles" and maker.width == _NARROW and maker.add and maker.fire:
+                plain = maker.fire.reset == "soft" or maker.fire.quantize == "pre_fire"
+                if not plain and len(readers[step.source]) == 1:
+                    maker.codes = step
+                    del self.steps[at]
+
+    def _in_place(self, group: Group) -> bool:
+        """Whether tiles read their input where it is."""
+        value, conv = self.values[self.index[group.conv.source]], group.conv
+        whole = conv.stride == 1 and not conv.padding and not packing.whole_windows(conv)
+        return value.border > 0 or (value.name in self.packed and whole)
 
     def _type(self, node: Node) -> int:
         proof = self.network.proof
@@ -353,10 +409,7 @@ class Plan:
             self.values[self.index[name]].counter = self.counters[name]
 
     def _borders(self) -> None:
-        """Spikes that nothing but tiles of stride 1 read get the padding those want, so that they need no copy.
-
-        The blocks of a step of a pixel are an odd number then: lines an even number apart share few sets of the cache.
-        """
+        """Spikes that nothing but tiles of stride 1 read get the padding those want, so that they need no copy."""
         paddings: dict[str, set[int]] = {}
         for _, step in self.steps:
             if isinstance(step, Group):
@@ -371,8 +424,7 @@ class Plan:
             value, border = self.values[self.index[name]], max(found)
             if len(found) == 1 and border and not value.fixed and self.network.proof.kinds[name] == "spikes":
                 value.border = border
-                value.pitch = (value.pitch // BLOCK | 1) * BLOCK
-                value.spare = self._tall(self.chunk) * value.pitch
+                self._lines(value)
 
     def _tall(self, steps: int) -> int:
         """Rows of the largest group of tiles, with as many steps, what the last pass takes, or one."""
@@ -525,7 +577,7 @@ class Plan:
             case Requantize():
                 strides = {_read_stride(reader) for reader in self.network.nodes if node.name in reader.inputs}
                 op.update(kind=self.lib.MDSNN_REQUANTIZE, bits_shift=node.shift, top=delta(node.bits))
-                op.update(stride=strides.pop() if len(strides) == 1 else 1)
+                op.update(stride=strides.pop() if len(strides) == 1 else 1, packed=int(node.name in self.packed))
             case Lif():
                 op.update(kind=self.lib.MDSNN_LIF, **self._lif(node))
             case MaxPool():
@@ -587,7 +639,7 @@ class Plan:
         tall = self._tall(steps)
         _, c_in, kh, kw = packing.tiles_weight(conv).shape
         return (
-            0 if self.values[self.index[conv.source]].border else copied + tall * BLOCK,
+            0 if self._in_place(group) else copied + tall * BLOCK,
             2 * up(c_in) * kh * kw * PAIR if packing.four_bits(conv) else 0,
             0,
             (8 * up(c_in) // BLOCK + 1) * kh * kw,
@@ -622,6 +674,10 @@ class Plan:
         if group.fire is not None:
             fire = ffi.new("mdsnn_op *", self._op(group.fire))
             self.keep.append(fire)
+        codes = ffi.NULL
+        if group.codes is not None:
+            codes = ffi.new("mdsnn_op *", self._op(group.codes))
+            self.keep.append(codes)
         flush, widen, nibbles, span, bias = 0, 0, False, 0, 0
         match group.method:
             case "tiles":
@@ -666,6 +722,7 @@ class Plan:
             "weight": self.ffi.cast("const int8_t *", packed),
             "bn": bn,
             "fire": fire,
+            "codes": codes,
             "width": group.width,
             **self._clamp(group, fire),
             "method": method,
@@ -676,7 +733,7 @@ class Plan:
             "band": self._band(group),
             "depth": depth,
             "bias": bias,
-            "work_input": work_input,
+            "work_input": -1 if group.method == "tiles" and self._in_place(group) else work_input,
             "work_slab": slab,
             "work_spots": spots,
             "work_starts": starts,

@@ -31,6 +31,7 @@ from mdsnn.kernels.network import (
     Requantize,
     SumPool,
 )
+from planted import assert_same_bits
 
 
 def affine(name: str, source: str, channels: int, rng: np.random.Generator, reach: int = 40) -> BnAffine:
@@ -346,6 +347,87 @@ def test_codes_of_streams_of_either_width(name: str, shift: int, adds: int, monk
     ]
     nodes += [affine("bn_s", "skip", 40, rng, 9), lif("last", "bn_s", rng), SumPool("sum", "last", 2, 2)]
     check(close(nodes, InputSpec(2, 4, 4), 40, 3), rng.integers(0, 256, (2, 2, 4, 4), np.uint8), name, monkeypatch)
+
+
+def shortcuts(
+    channels: int, bits: int, height: int, width: int, steps: int, *shortcuts: tuple[int, int], **options: object
+) -> IntegerNetwork:
+    """A residual stream, its LIF, and for each of `shortcuts` codes of it, which convolutions of 1x1 with so much
+    stride and 1x1 or 3x3 with so much padding read; the first `skip` of stride 1 lies beside them if that is 0."""
+    rng = np.random.default_rng([channels, bits, height, width, steps])
+    top = 2 ** (bits - 1) - 1
+    nodes = head(channels, 2, rng, dense=False)
+    nodes += [Conv("conv", "lif", rng.integers(-top, top + 1, (channels, channels, 3, 3)), bits, 1, 1)]
+    nodes += [affine("bn1", "conv", channels, rng), Add("stream", "bn1", "bn")]
+    nodes += [lif("fires", "stream", rng, bits, **options), Flatten("flat", "fires")]  # type: ignore[arg-type]
+    nodes += [Linear("linear", "flat", rng.integers(-top, top + 1, (9, channels * height * width)), bits)]
+    nodes += [affine("bn_l", "linear", 9, rng, 4)]
+    last = "bn_l"
+    for i, (shift, stride) in enumerate(shortcuts):
+        nodes += [Requantize(f"codes{i}", "stream", shift, 8)]
+        kernel = 3 if stride < 0 else 1
+        weight = rng.integers(-top, top + 1, (channels + i, channels, kernel, kernel))
+        nodes += [Conv(f"skip{i}", f"codes{i}", weight, bits, abs(stride), kernel // 2)]
+        nodes += [affine(f"bn_s{i}", f"skip{i}", channels + i, rng, 4), lif(f"lif_s{i}", f"bn_s{i}", rng, 4, 900)]
+        size = -(-height // abs(stride)), -(-width // abs(stride))
+        nodes += [SumPool(f"sum{i}", f"lif_s{i}", *size)]
+        nodes += [Linear(f"short{i}", f"sum{i}", rng.integers(-7, 8, (9, channels + i)), 4)]
+        nodes += [affine(f"bn_t{i}", f"short{i}", 9, rng, 9), Add(f"more{i}", last, f"bn_t{i}")]
+        last = f"more{i}"
+    nodes += [lif("out", last, rng)]
+    return close(nodes, InputSpec(2, height, width), 9, steps)
+
+
+def made_beside(network: IntegerNetwork) -> tuple[list[str], dict[str, int]]:
+    """Codes that a plan for tiles makes beside their stream, and those that are packed, each with its stride."""
+    made = plan.Plan(native._module(), network, "amx")
+    return [step.codes.name for _, step in made.steps if isinstance(step, plan.Group) and step.codes], made.packed
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("stride", [1, 2, 3, -1, -2])
+@pytest.mark.parametrize("shift", [1, 6, 15, 17])
+@pytest.mark.parametrize(
+    ("channels", "bits", "height", "width", "steps"),
+    [(64, 4, 5, 9, 4), (40, 4, 4, 6, 3), (130, 8, 3, 7, 4), (33, 8, 6, 5, 1), (64, 5, 2, 3, 16), (17, 4, 2, 8, 18)],
+)
+def test_codes_beside_their_stream(
+    name: str,
+    stride: int,
+    shift: int,
+    channels: int,
+    bits: int,
+    height: int,
+    width: int,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every row and column, every second or third one, or, where a stride is below 0, all of them under 3x3."""
+    network = shortcuts(channels, bits, height, width, steps, (shift, stride))
+    if native.missing() is None:
+        assert made_beside(network) == (["codes0"], {"codes0": max(stride, 1)})
+    pixels = np.random.default_rng(shift).integers(0, 256, (2, 2, height, width), np.uint8)
+    check(network, pixels, name, monkeypatch)
+    if shift == 6:
+        stream = engine_of(network, name, monkeypatch).stream(pixels)
+        logits = [stream.step().logits for _ in range(steps)][-1]
+        assert_same_bits(logits, Engine(network, "reference", 1).run(pixels).logits, "logits of a stream")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_codes_that_are_an_operation_of_their_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stream with two of them, and before a LIF without a short way: packed where one stride reads them."""
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (2, 2, 5, 6), np.uint8)
+    for options in ({"reset": "soft", "v_soft": 150}, {"quantize": "pre_fire", "q_th": 3}):
+        network = shortcuts(64, 4, 5, 6, 4, (6, 2), **options)
+        if native.missing() is None:
+            assert made_beside(network) == ([], {"codes0": 2})
+        check(network, pixels, name, monkeypatch)
+    network = shortcuts(64, 4, 5, 6, 4, (6, 2), (5, 3))
+    if native.missing() is None:
+        assert made_beside(network) == ([], {"codes0": 2, "codes1": 3})
+    check(network, pixels, name, monkeypatch)
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))

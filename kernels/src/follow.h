@@ -14,6 +14,7 @@
 typedef struct NAME(constants) {
     __m512i multiplier_0, multiplier_1, offset_0, offset_1, shift_0, shift_1, bottom, top, unit;
     __m512i v_th, base, reset, last, bucket, threshold, decode, start, one;
+    __m512i factor, lowest, highest; /* of codes: a factor in place of the shift, as in residual.h */
     const int32_t *table; /* mdsnn_op.code_decode, or null */
     int by_lines;         /* 1: h is biased by what lines want */
     NAME(lines) lines;
@@ -24,7 +25,7 @@ typedef struct NAME(follow) {
     const frame *f;
     const mdsnn_op *op;
     const NAME(lif_constants_i16) *k;
-    view other, out, spikes; /* each begins at channel `first` */
+    view other, out, spikes; /* each begins at channel `first`; out: the stream, or its codes */
     int steps, first;
     int plain;     /* 1: a case for epilogue.h */
     int clamped;   /* 1: the stream has 32 bits; pixels and steps of other and out are in words of 16 */
@@ -35,6 +36,9 @@ typedef struct NAME(follow) {
     int64_t *counts; /* spikes of each step of this part, or null */
     int room_for;    /* pixels that may still be added to: */
     __m256i fired[MDSNN_STEPS]; /* spikes of each step and channel, at most 255 */
+    __m256i *coded;       /* the same of codes that are not 0 */
+    int64_t *code_counts; /* and all of those, or null: there are no codes */
+    int apart;            /* codes of every so many rows and columns are kept */
     NAME(constants) c;
 } NAME(follow);
 
@@ -42,7 +46,7 @@ typedef struct NAME(follow) {
 typedef struct NAME(slot) {
     const int32_t *sums;
     const int16_t *add;
-    int16_t *to;
+    int16_t *to; /* or its codes; null: they are only counted */
     uint8_t *s;
 } NAME(slot);
 
@@ -63,9 +67,10 @@ typedef struct NAME(cursor) {
 } NAME(cursor);
 
 /* One step of `many` pixels for 32 channels. The last arguments are constants of the caller, so that each use is
- * compiled for its own case: bn affine, with products of 16 bits and no MDSNN_CLAMP_ENDS if `quick`; a stream of 32 bits if `clamped`; a hard
- * reset after a LIF whose thresholds lie in buckets, beyond which u never is, or, where `table` is 2, under lines, or,
- * where it is 1, anywhere; nothing kept. */
+ * compiled for its own case: bn affine, with products of 16 bits and no MDSNN_CLAMP_ENDS if `quick`; a stream of 32 bits
+ * if `clamped`, which is stored if `stores` is 1, and whose codes are if that is 2; a hard reset after a LIF whose
+ * thresholds lie in buckets, beyond which u never is, or, where `table` is 2, under lines, or, where it is 1, anywhere;
+ * nothing kept. */
 static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(constants) *c, NAME(follow) *e,
                                                                      NAME(cursor) *at, int many, int quick,
                                                                      int clamped, int adds, int stores, int fires,
@@ -73,7 +78,8 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
 {
     const int free = quick && fires && !adds && !stores && !table; /* MDSNN_CLAMP_NONE */
     const ptrdiff_t t = at->t, add_at = t * e->other.step, to_at = t * e->out.step, s_at = t * e->spikes.step;
-    __m256i fired = _mm256_setzero_si256();
+    __m256i fired = _mm256_setzero_si256(), coded = fired;
+    __m512i code[4];
 #pragma GCC unroll 4
     for (int j = 0; j < many; j++) {
         const NAME(slot) *slot = at->slot + j;
@@ -105,8 +111,12 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
                 v = _mm512_min_epi16(_mm512_max_epi16(_mm512_packs_epi32(low, high), c->bottom), c->top);
             if (adds)
                 v = _mm512_add_epi16(v, _mm512_loadu_si512(slot->add + add_at));
-            if (stores)
+            if (stores == 1)
                 _mm512_storeu_si512(slot->to + to_at, v);
+            if (stores == 2) {
+                code[j] = _mm512_mulhrs_epi16(v, c->factor);
+                coded = _mm256_mask_add_epi8(coded, _mm512_test_epi16_mask(code[j], code[j]), coded, _mm256_set1_epi8(1));
+            }
         }
         if (fires) {
             __m512i h = free ? _mm512_adds_epu16(v, at->decoded[j]) : _mm512_add_epi16(v, at->decoded[j]);
@@ -138,6 +148,21 @@ static inline __attribute__((always_inline)) void NAME(follow_slots)(const NAME(
     }
     if (fires)
         e->fired[t] = _mm256_add_epi8(e->fired[t], fired);
+    if (stores != 2)
+        return;
+    e->coded[t] = _mm256_add_epi8(e->coded[t], coded);
+    uintptr_t any = 0; /* one branch for all of them: most often they are of one row */
+#pragma GCC unroll 4
+    for (int j = 0; j < many; j++)
+        any |= (uintptr_t)at->slot[j].to;
+    if (!any)
+        return;
+#pragma GCC unroll 4
+    for (int j = 0; j < many; j++)
+        if (at->slot[j].to) {
+            __m512i kept = _mm512_min_epi16(_mm512_max_epi16(code[j], c->lowest), c->highest);
+            _mm256_storeu_si256((__m256i *)((int8_t *)at->slot[j].to + to_at), _mm512_cvtepi16_epi8(kept));
+        }
 }
 
 /* One step of the next four pixels; or of the next one. */
@@ -166,25 +191,32 @@ static inline __attribute__((always_inline)) NAME(constants) NAME(constants_of)(
     const NAME(lines) *l = &k->lines;
     return (NAME(constants)){k->multiplier_0, k->multiplier_1, k->offset_0, k->offset_1, k->shift_0, k->shift_1,
                              k->bottom, k->top, k->unit, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold, k->decode,
-                             k->start, k->one, k->table, k->by_lines,
+                             k->start, k->one, k->factor, k->lowest, k->highest, k->table, k->by_lines,
                              {{l->slope[0], l->slope[1]}, {l->offset[0], l->offset[1]}, l->each, l->shift, l->fraction,
                               l->mask, l->rest, l->factor}};
 }
 
-/* Adds the spikes of all pixels so far to the counts. */
-static void NAME(count_fired)(NAME(follow) *e)
+/* Moves what was counted of each step to `counts`. */
+static inline void NAME(move_counts)(const NAME(follow) *e, __m256i *counted, int64_t *counts)
 {
-    e->room_for = UINT8_MAX;
-    if (!e->counts)
-        return;
     int channels = e->spikes.channels - e->first;
     __mmask32 there = channels < PAIR ? (1u << channels) - 1 : UINT32_MAX; /* the others may fire, too */
     for (int t = 0; t < e->steps; t++) {
-        __m256i sums = _mm256_sad_epu8(_mm256_maskz_mov_epi8(there, e->fired[t]), _mm256_setzero_si256());
+        __m256i sums = _mm256_sad_epu8(_mm256_maskz_mov_epi8(there, counted[t]), _mm256_setzero_si256());
         __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        e->counts[t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
-        e->fired[t] = _mm256_setzero_si256();
+        counts[t] += _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
+        counted[t] = _mm256_setzero_si256();
     }
+}
+
+/* Adds the spikes of all pixels so far, and their codes, to the counts. */
+static void NAME(count_fired)(NAME(follow) *e)
+{
+    e->room_for = UINT8_MAX;
+    if (e->counts)
+        NAME(move_counts)(e, e->fired, e->counts);
+    if (e->code_counts)
+        NAME(move_counts)(e, e->coded, e->code_counts);
 }
 
 /* Adds the `pixels` pixels of a group from (y, x) on. */
@@ -194,6 +226,21 @@ static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int 
     NAME(slot) slot = {sums, (const int16_t *)e->other.at + y * e->other.row + x * e->other.pixel,
                        (int16_t *)e->out.at + y * e->out.row + x * e->out.pixel,
                        e->spikes.at + y * e->spikes.row + x * e->spikes.pixel};
+    if (e->code_counts) {
+        const int apart = e->apart;
+        int left = y % apart ? INT32_MAX : (apart - 1) - (x + apart - 1) % apart; /* pixels before one that is read */
+        uint8_t *codes = e->out.at + y / apart * e->out.row + (x + apart - 1) / apart * e->out.pixel;
+        for (int j = 0; j < pixels; j++, left--) {
+            slot.to = left ? 0 : (int16_t *)(void *)codes;
+            codes += left ? 0 : e->out.pixel;
+            left += left ? 0 : apart;
+            batch->slot[batch->slots++] = slot;
+            slot.sums += (ptrdiff_t)e->steps * PAIR;
+            slot.add += e->other.pixel;
+            slot.s += e->spikes.pixel;
+        }
+        return;
+    }
     for (int j = 0; j < pixels; j++) {
         batch->slot[batch->slots++] = slot;
         slot.sums += (ptrdiff_t)e->steps * PAIR;
@@ -292,6 +339,21 @@ static void NAME(follow_begin)(NAME(follow) *e, const frame *f, const mdsnn_op *
     NAME(stretch)(&e->other);
     NAME(stretch)(&e->out);
     e->plain = NAME(follows_plain)(f, op);
+}
+
+/* The stream's codes in its place: `counts`, zeros yet, are of those that are not 0, and `coded` is room for them. */
+static void NAME(codes_begin)(NAME(follow) *e, int64_t *counts, __m256i *coded)
+{
+    const mdsnn_op *codes = e->op->codes;
+    if (e->plain) /* residual.h makes them of the stream */
+        return;
+    e->out = view_of(e->f, codes->out);
+    e->apart = codes->stride;
+    e->code_counts = counts;
+    e->coded = coded;
+    e->c.factor = _mm512_set1_epi16((short)(codes->bits_shift > 15 ? 0 : 1 << (15 - codes->bits_shift)));
+    e->c.highest = _mm512_set1_epi16((short)codes->top);
+    e->c.lowest = _mm512_sub_epi16(_mm512_setzero_si512(), e->c.highest);
 }
 
 /* Go to the channels from `first` on. */

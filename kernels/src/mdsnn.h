@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Raised whenever a declaration below changes its meaning; native.py refuses an extension of another number. */
-enum mdsnn_version { MDSNN_CONTRACT = 22 };
+enum mdsnn_version { MDSNN_CONTRACT = 23 };
 
 enum mdsnn_type { MDSNN_I8, MDSNN_I16, MDSNN_I32 };
 
@@ -117,6 +117,7 @@ typedef struct mdsnn_op {
     int32_t short_product; /* 1: every multiplier and accumulator fits 16 bits, and the sum 32 */
     /* requantize: clip((x + 2**(bits_shift - 1)) >> bits_shift, -top, top) */
     int32_t bits_shift, top;
+    int32_t packed;        /* 1: codes of the other rows and columns are not there at all */
     /* lif; the thresholds that no reachable u lies on either side of are left out */
     int32_t lif;           /* number of the LIF: which trace arrays are its own */
     int32_t search;        /* enum mdsnn_search */
@@ -152,6 +153,7 @@ typedef struct mdsnn_op {
     /* fused: `other` is the value to add, `out` the stream to store; the parts are operations of their own kind */
     const struct mdsnn_op *bn;
     const struct mdsnn_op *fire; /* the LIF, or null */
+    const struct mdsnn_op *codes; /* the requantize that is packed and alone reads `out`, which is 16 bits then, or null */
     int32_t width;         /* enum mdsnn_width; where that is 0, `other` and `out` have 16 bits */
     int32_t clamp;         /* enum mdsnn_clamp */
     int32_t clamp_bits, clamp_bias, decode_bias;
@@ -165,7 +167,8 @@ typedef struct mdsnn_op {
     int32_t depth;         /* pairs, bytes: inputs under a window, even, or a multiple of 4;  tiles: the same, at most 64,
                             * if all of them lie side by side; else 0 */
     int32_t bias;          /* bytes: what is added to the inputs, so that none is negative */
-    int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch */
+    int64_t work_input;    /* bytes into a part's work: the lists of spikes, or the columns; tiles: into scratch, or -1:
+                            * they read their input where it is */
     int64_t work_slab;     /* events: a slab of weights, unpacked;  tiles: two blocks of them */
     int64_t work_spots;    /* where the spikes of a few rows of the input are */
     int64_t work_starts;   /* where each column of a list begins */

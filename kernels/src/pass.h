@@ -102,7 +102,7 @@ static void NAME(run_op)(const frame *f, const mdsnn_op *op)
         parts = NAME(fused_parts)(f, op);
 #ifdef MDSNN_WITH_TILES
         const mdsnn_value *in = &values[op->source];
-        if (op->method == MDSNN_TILES && !in->border) { /* all parts read the copy: it is there first */
+        if (op->method == MDSNN_TILES && op->work_input >= 0) { /* all parts read the copy: it is there first */
             int64_t at = ticks_start(f);
             mdsnn_share(f, op, 0, parts < 2 ? 1 : NAME(parts_of)(f, in->height + 2 * op->padding), NAME(tiles_copy));
             ticks_count(f, op, MDSNN_GATHER, at);
@@ -111,6 +111,10 @@ static void NAME(run_op)(const frame *f, const mdsnn_op *op)
     } else if (op->kind != MDSNN_FLATTEN && op->kind != MDSNN_READOUT)
         parts = NAME(parts_of)(f, values[op->out].height);
     mdsnn_share(f, op, 0, parts, NAME(run_part));
+#ifdef MDSNN_WITH_TILES
+    if (op->kind == MDSNN_FUSED && op->codes && NAME(follows_plain)(f, op)) /* the stream is there, its codes are not */
+        mdsnn_share(f, op->codes, 0, NAME(parts_of)(f, values[op->out].height), NAME(run_part));
+#endif
 }
 
 void NAME(mdsnn_pass)(const frame *f);

@@ -29,7 +29,7 @@
  * the first products of the next groups: stored behind the last ones, they would be waited for.
  *
  * Spikes that nothing but tiles of stride 1 read have their padding where they are (mdsnn_value.border), and are not
- * copied.
+ * copied; nor are packed codes that want no padding.
  *
  * In parts (tiles_parts): rows of the output, or outputs by 32, whichever leaves less for two parts to read twice: input
  * or weights. The copy of the input is shared, and made before; each part unpacks what it needs.
@@ -98,7 +98,7 @@ static NAME(tiles) NAME(tiles_of)(const mdsnn_op *op, const view *in, const view
     g.kernel_width = op->kernel_width;
     g.stride = op->stride;
     g.padding = op->padding;
-    if (in->border) {
+    if (op->work_input < 0) {
         g.input = in->at - in->border * (in->row + in->pixel);
         g.line = in->step;
         g.column = in->pixel;
@@ -435,6 +435,11 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     MDSNN_PAIR(KIND##_store_table, 1, QUICK, CLAMPED, 0, 1, 1, 1)                                                     \
     MDSNN_PAIR(KIND##_add_table, 1, QUICK, CLAMPED, 1, 0, 1, 1)                                                       \
     MDSNN_PAIR(KIND##_add_store_table, 1, QUICK, CLAMPED, 1, 1, 1, 1)
+#define MDSNN_PAIRS_WITH_CODES(KIND, QUICK)                                                                            \
+    MDSNN_PAIRS(KIND, QUICK, 0)                                                                                        \
+    MDSNN_PAIR(KIND##_add_codes_fire, 1, QUICK, 0, 1, 2, 1, 0)                                                         \
+    MDSNN_PAIR(KIND##_add_codes_lines, 1, QUICK, 0, 1, 2, 1, 2)                                                        \
+    MDSNN_PAIR(KIND##_add_codes_table, 1, QUICK, 0, 1, 2, 1, 1)
 
 /* [adds][stores][no fire, by buckets that end it, by lines, by any] */
 #define MDSNN_KINDS(KIND)                                                                                            \
@@ -447,10 +452,11 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     }
 
 MDSNN_PAIR(pair_alone, 0, 0, 0, 0, 0, 0, 0)
-MDSNN_PAIRS(pair_wide, 0, 0)
-MDSNN_PAIRS(pair_quick, 1, 0)
+MDSNN_PAIRS_WITH_CODES(pair_wide, 0)
+MDSNN_PAIRS_WITH_CODES(pair_quick, 1)
 MDSNN_PAIRS(pair_clamped, 0, 1)
 
+#undef MDSNN_PAIRS_WITH_CODES
 #undef MDSNN_PAIRS
 #undef MDSNN_PAIR
 
@@ -491,6 +497,9 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
 {
     static void (*const kinds[3][2][2][4])(NAME(job) *) = {MDSNN_KINDS(pair_wide), MDSNN_KINDS(pair_quick),
                                                              MDSNN_KINDS(pair_clamped)};
+    static void (*const with_codes[2][3])(NAME(job) *) = {
+        {NAME(pair_wide_add_codes_fire), NAME(pair_wide_add_codes_lines), NAME(pair_wide_add_codes_table)},
+        {NAME(pair_quick_add_codes_fire), NAME(pair_quick_add_codes_lines), NAME(pair_quick_add_codes_table)}};
     view in = view_of(f, op->source), to = view_of(f, op->fire ? op->fire->out : op->out);
     int64_t began = ticks_start(f);
     const int outs = (to.channels + PAIR - 1) / PAIR, by_rows = NAME(tiles_by_rows)(f, op);
@@ -506,17 +515,24 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         offsets[tap] = i * g.chunk + ky * g.row + kx % g.stride * g.class + kx / g.stride * g.column;
     }
     NAME(follow) follow[2]; /* of the 32 channels at hand, and of those before */
-    int64_t fired[MDSNN_STEPS] = {0};
+    int64_t fired[MDSNN_STEPS] = {0}, coded[MDSNN_STEPS] = {0};
+    __m256i codes[2][MDSNN_STEPS];
     NAME(follow_begin)(&follow[0], f, op, k, fired);
+    if (op->codes) {
+        NAME(codes_begin)(&follow[0], coded, codes[0]);
+        memset(codes, 0, sizeof codes);
+    }
     follow[0].room = (int16_t *)(f->work + op->work_y);
     follow[0].rows = sums + 8 * group;
     follow[1] = follow[0];
+    follow[1].coded = codes[1];
     NAME(batch) batches[2];
     batches[0].slots = batches[1].slots = 0;
     batches[1].e = &follow[1];
+    const int fires = !op->fire ? 0 : op->fire->buckets == 2 ? 1 : op->fire->lines && !op->fire->buckets ? 2 : 3;
     void (*pair)(NAME(job) *) = follow[0].plain ? NAME(pair_alone)
-        : kinds[follow[0].clamped ? 2 : op->clamp != MDSNN_CLAMP_ENDS][op->other >= 0][op->out >= 0]
-               [!op->fire ? 0 : op->fire->buckets == 2 ? 1 : op->fire->lines && !op->fire->buckets ? 2 : 3];
+        : op->codes ? with_codes[op->clamp != MDSNN_CLAMP_ENDS][fires - 1]
+        : kinds[follow[0].clamped ? 2 : op->clamp != MDSNN_CLAMP_ENDS][op->other >= 0][op->out >= 0][fires];
     /* down a strip two groups wide, so that the rows of a window are still near; a last odd group with the one below */
     int side_by_side = g.across / 2 * height, pairs = side_by_side + (g.across % 2 * height + 1) / 2;
     int taps = g.chunks * window, turn = 0;
@@ -545,6 +561,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         if (c > channel) {
             NAME(count_fired)(&follow[n]);
             follow[n] = follow[!n];
+            follow[n].coded = codes[n];
             memset(follow[n].fired, 0, sizeof follow[n].fired);
         }
         NAME(follow_channels)(&follow[n], c);
@@ -613,6 +630,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
         NAME(count)(f, op->fire->out, fired);
     if (follow[0].counts)
         NAME(add_counts)(f, op->fire->out, fired);
+    if (op->codes && !follow[0].plain)
+        NAME(add_counts)(f, op->codes->out, coded);
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
 }
 
