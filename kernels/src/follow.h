@@ -190,8 +190,8 @@ static inline __attribute__((always_inline)) NAME(constants) NAME(constants_of)(
     const NAME(constants) *k = &e->c;
     const NAME(lines) *l = &k->lines;
     return (NAME(constants)){k->multiplier_0, k->multiplier_1, k->offset_0, k->offset_1, k->shift_0, k->shift_1,
-                             k->bottom, k->top, k->unit, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold, k->decode,
-                             k->start, k->one, k->factor, k->lowest, k->highest, k->table, k->by_lines,
+                             k->bottom, k->top, k->unit, k->v_th, k->base, k->reset, k->last, k->bucket, k->threshold,
+                             k->decode, k->start, k->one, k->factor, k->lowest, k->highest, k->table, k->by_lines,
                              {{l->slope[0], l->slope[1]}, {l->offset[0], l->offset[1]}, l->each, l->shift, l->fraction,
                               l->mask, l->rest, l->factor}};
 }
@@ -380,15 +380,14 @@ static void NAME(follow_channels)(NAME(follow) *e, int first)
     if (e->clamped || !e->op->clamp)
         return;
     const __m512i shifts[2] = {e->c.shift_0, e->c.shift_1};
-    __m512i *const multipliers[2] = {&e->c.multiplier_0, &e->c.multiplier_1}, *const offsets[2] = {&e->c.offset_0, &e->c.offset_1};
     for (int half = 0; half < 2; half++) {
-        *multipliers[half] = _mm512_and_si512(*multipliers[half], _mm512_set1_epi32(0xFFFF));
+        *to[0][half] = _mm512_and_si512(*to[0][half], _mm512_set1_epi32(0xFFFF));
         if (e->op->clamp == MDSNN_CLAMP_NONE) {
             __m512i bias = _mm512_sllv_epi32(_mm512_set1_epi32(e->op->clamp_bias), shifts[half]);
-            *offsets[half] = _mm512_add_epi32(*offsets[half], bias);
+            *to[1][half] = _mm512_add_epi32(*to[1][half], bias);
         } else { /* less a half of 2**shift, and clamp_bits are kept */
             __m512i one = _mm512_set1_epi32(1), below = _mm512_sub_epi32(shifts[half], one);
-            *offsets[half] = _mm512_sub_epi32(*offsets[half], _mm512_sllv_epi32(one, below));
+            *to[1][half] = _mm512_sub_epi32(*to[1][half], _mm512_sllv_epi32(one, below));
             *to[2][half] = _mm512_sub_epi32(shifts[half], _mm512_set1_epi32(e->op->clamp_bits));
         }
     }

@@ -415,25 +415,25 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     }
 }
 
-#define MDSNN_PAIR(FUNCTION, FOLLOWS, QUICK, CLAMPED, ADDS, STORES, FIRES, TABLE)                                     \
+#define MDSNN_PAIR(FUNCTION, FOLLOWS, QUICK, CLAMPED, ADDS, STORES, FIRES, TABLE)                                      \
     APART static void NAME(FUNCTION)(NAME(job) *job)                                                                   \
     {                                                                                                                  \
-        NAME(tiles_run)(job, FOLLOWS, QUICK, CLAMPED, ADDS, STORES, FIRES, TABLE);                                    \
+        NAME(tiles_run)(job, FOLLOWS, QUICK, CLAMPED, ADDS, STORES, FIRES, TABLE);                                     \
     }
-#define MDSNN_PAIRS(KIND, QUICK, CLAMPED)                                                                             \
-    MDSNN_PAIR(KIND##_store, 1, QUICK, CLAMPED, 0, 1, 0, 0)                                                           \
-    MDSNN_PAIR(KIND##_add_store, 1, QUICK, CLAMPED, 1, 1, 0, 0)                                                       \
-    MDSNN_PAIR(KIND##_fire, 1, QUICK, CLAMPED, 0, 0, 1, 0)                                                            \
-    MDSNN_PAIR(KIND##_store_fire, 1, QUICK, CLAMPED, 0, 1, 1, 0)                                                      \
-    MDSNN_PAIR(KIND##_add_fire, 1, QUICK, CLAMPED, 1, 0, 1, 0)                                                        \
-    MDSNN_PAIR(KIND##_add_store_fire, 1, QUICK, CLAMPED, 1, 1, 1, 0)                                                  \
-    MDSNN_PAIR(KIND##_lines, 1, QUICK, CLAMPED, 0, 0, 1, 2)                                                           \
-    MDSNN_PAIR(KIND##_store_lines, 1, QUICK, CLAMPED, 0, 1, 1, 2)                                                     \
-    MDSNN_PAIR(KIND##_add_lines, 1, QUICK, CLAMPED, 1, 0, 1, 2)                                                       \
-    MDSNN_PAIR(KIND##_add_store_lines, 1, QUICK, CLAMPED, 1, 1, 1, 2)                                                 \
-    MDSNN_PAIR(KIND##_table, 1, QUICK, CLAMPED, 0, 0, 1, 1)                                                           \
-    MDSNN_PAIR(KIND##_store_table, 1, QUICK, CLAMPED, 0, 1, 1, 1)                                                     \
-    MDSNN_PAIR(KIND##_add_table, 1, QUICK, CLAMPED, 1, 0, 1, 1)                                                       \
+#define MDSNN_PAIRS(KIND, QUICK, CLAMPED)                                                                              \
+    MDSNN_PAIR(KIND##_store, 1, QUICK, CLAMPED, 0, 1, 0, 0)                                                            \
+    MDSNN_PAIR(KIND##_add_store, 1, QUICK, CLAMPED, 1, 1, 0, 0)                                                        \
+    MDSNN_PAIR(KIND##_fire, 1, QUICK, CLAMPED, 0, 0, 1, 0)                                                             \
+    MDSNN_PAIR(KIND##_store_fire, 1, QUICK, CLAMPED, 0, 1, 1, 0)                                                       \
+    MDSNN_PAIR(KIND##_add_fire, 1, QUICK, CLAMPED, 1, 0, 1, 0)                                                         \
+    MDSNN_PAIR(KIND##_add_store_fire, 1, QUICK, CLAMPED, 1, 1, 1, 0)                                                   \
+    MDSNN_PAIR(KIND##_lines, 1, QUICK, CLAMPED, 0, 0, 1, 2)                                                            \
+    MDSNN_PAIR(KIND##_store_lines, 1, QUICK, CLAMPED, 0, 1, 1, 2)                                                      \
+    MDSNN_PAIR(KIND##_add_lines, 1, QUICK, CLAMPED, 1, 0, 1, 2)                                                        \
+    MDSNN_PAIR(KIND##_add_store_lines, 1, QUICK, CLAMPED, 1, 1, 1, 2)                                                  \
+    MDSNN_PAIR(KIND##_table, 1, QUICK, CLAMPED, 0, 0, 1, 1)                                                            \
+    MDSNN_PAIR(KIND##_store_table, 1, QUICK, CLAMPED, 0, 1, 1, 1)                                                      \
+    MDSNN_PAIR(KIND##_add_table, 1, QUICK, CLAMPED, 1, 0, 1, 1)                                                        \
     MDSNN_PAIR(KIND##_add_store_table, 1, QUICK, CLAMPED, 1, 1, 1, 1)
 #define MDSNN_PAIRS_WITH_CODES(KIND, QUICK)                                                                            \
     MDSNN_PAIRS(KIND, QUICK, 0)                                                                                        \
