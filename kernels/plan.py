@@ -277,6 +277,7 @@ class Plan:
         self.state_bytes = 0
         self.counters: dict[str, int] = {}
         self.weight_bytes: dict[str, int] = {}
+        self.affine: dict[str, BnAffine | None] = {}
         proof = network.proof
         groups = {network.nodes[group.place].name: group for group in self._groups()}
         inside = {
@@ -617,8 +618,8 @@ class Plan:
         kw = conv.weight.shape[3]
         steps, band = self._steps(group), self._band(group)
         row = out_width * steps * BLOCK
-        wide = _I16 if group.width == _NARROW else _I32
-        after_bn = row << wide
+        stream = _I16 if group.width == _NARROW else _I32  # a type is its size's power of 2
+        after_bn = row << stream
         if group.method == "events":
             lists = packing.list_bytes(conv, width, steps) * band + 2 * packing.ALIGN
             ring = (band - 1) * conv.stride + conv.weight.shape[2]
@@ -644,7 +645,7 @@ class Plan:
             0,
             (8 * up(c_in) // BLOCK + 1) * kh * kw,
             (8 * PAIR + BLOCK) * tall * 4,
-            tall * BLOCK << wide,
+            tall * BLOCK << stream,
         )
 
     def _steps(self, group: Group) -> int:
@@ -742,7 +743,11 @@ class Plan:
         }
 
     def _affine(self, node: BnDense) -> BnAffine | None:
-        return tables.affine_of(node, *self.network.proof.channel_bounds[node.source], self.network.grid.saturation)
+        """The table as an affine form, if it is one; it takes a while to find, and is asked for twice."""
+        if node.name not in self.affine:
+            bounds = self.network.proof.channel_bounds[node.source]
+            self.affine[node.name] = tables.affine_of(node, *bounds, self.network.grid.saturation)
+        return self.affine[node.name]
 
     def _code_decode(self, node: Lif, codes: Array) -> Array:
         """Codes in the lower half, what they decode to in the upper one; zeros where that needs more than 16 bits."""
@@ -759,6 +764,8 @@ class Plan:
 
     def _clamp(self, group: Group, fire: Any) -> dict[str, int]:
         """How the operation keeps its bn between its ends (enum mdsnn_clamp), and the fields that this takes."""
+        if group.method != "tiles":  # others have one way
+            return {}
         bn = self._affine(group.bn) if isinstance(group.bn, BnDense) else group.bn
         saturation, ends = self.network.grid.saturation, {"clamp": self.lib.MDSNN_CLAMP_ENDS}
         if bn is None or not self._short_product(bn) or group.width != _NARROW:

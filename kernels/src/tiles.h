@@ -245,8 +245,8 @@ static inline void NAME(fetch_eighth)(NAME(stream) *next)
     next->left--;
 }
 
-/* Unpacks the weights of one tap of 64 inputs: both halves, or only the first. A product of bit matrices takes a nibble
- * with its sign, which is its top bit. */
+/* Unpacks the weights of one tap of 64 inputs: both halves, or only the first; or fetches, where nothing is packed. A
+ * product of bit matrices takes a nibble with its sign, which is its top bit. */
 static inline void NAME(unpack_tap)(NAME(stream) *next, int halves)
 {
     if (!next->to) {
@@ -626,10 +626,11 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
     NAME(tiles_end)();
     NAME(count_fired)(&follow[0]);
     NAME(count_fired)(&follow[1]);
-    if (follow[0].plain && follow[0].counts)
-        NAME(count)(f, op->fire->out, fired);
-    if (follow[0].counts)
+    if (follow[0].counts) {
+        if (follow[0].plain) /* which has not counted */
+            NAME(count)(f, op->fire->out, fired);
         NAME(add_counts)(f, op->fire->out, fired);
+    }
     if (op->codes && !follow[0].plain)
         NAME(add_counts)(f, op->codes->out, coded);
     ticks_count(f, op, MDSNN_SUMS, began); /* and the epilogue: they run side by side */
