@@ -46,6 +46,7 @@ KERNELS = ("native", "numba", "reference")
 """Engines by name, fastest first."""
 _CHUNK = 32
 """Images a thread takes at a time."""
+_UINT8 = np.dtype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -428,17 +429,16 @@ def check_pixels(network: IntegerNetwork, pixels: npt.ArrayLike) -> npt.NDArray[
     """`pixels` as a C-contiguous uint8 array if they fit `network`; raises InputError saying what was expected."""
     spec = network.input
     array = _as_array(pixels)
-    sample = (spec.channels, spec.height, spec.width)
-    if spec.coding == "image":
-        fits, expected = array.ndim == 4 and array.shape[1:] == sample, f"[N, {', '.join(map(str, sample))}]"
-    else:
-        fits = array.ndim == 5 and (array.shape[0], *array.shape[2:]) == (network.timesteps, *sample)
-        expected = f"[{network.timesteps}, N, {', '.join(map(str, sample))}]"
-    if array.dtype != np.uint8:
-        raise InputError(f"the pixels are {array.dtype}; uint8 {expected} was expected (0..255, not scaled)")
-    if not fits or 0 in array.shape:
-        raise InputError(f"the pixels have shape {list(array.shape)}; uint8 {expected} was expected, N at least 1")
-    return np.ascontiguousarray(array)
+    shape = array.shape
+    steps = () if spec.coding == "image" else (network.timesteps,)
+    fits = len(shape) == 4 + len(steps) and shape[:-4] == steps
+    fits = fits and shape[-3:] == (spec.channels, spec.height, spec.width) and shape[-4] > 0
+    if array.dtype == _UINT8 and fits:
+        return np.ascontiguousarray(array)
+    expected = f"uint8 [{', '.join(map(str, (*steps, 'N', spec.channels, spec.height, spec.width)))}]"
+    if array.dtype != _UINT8:
+        raise InputError(f"the pixels are {array.dtype}; {expected} was expected (0..255, not scaled)")
+    raise InputError(f"the pixels have shape {list(shape)}; {expected} was expected, N at least 1")
 
 
 class Engine:
@@ -473,9 +473,11 @@ class Engine:
         array = check_pixels(self.network, pixels)
         axis = array.ndim - 4
         samples = array.shape[axis]
-        chunk = max(1, min(_CHUNK, -(-samples // threads)))
+        if samples == 1:
+            return self._backend.run(array, trace, threads)
+        chunk = min(_CHUNK, -(-samples // threads))
         if chunk == samples:
-            return self._backend.run(array, trace, threads if samples == 1 else 1)
+            return self._backend.run(array, trace)
         todo = deque(
             (number, array[(slice(None),) * axis + (slice(at, at + chunk),)])
             for number, at in enumerate(range(0, samples, chunk))

@@ -8,7 +8,6 @@ Python, so calls may run side by side (the GIL is released).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -247,11 +246,11 @@ class NativeBackend:
 
     def _take(self, parts: int = 1) -> _Room:
         """Room for one call at a time, by so many parts."""
-        with contextlib.suppress(IndexError):
+        try:
             room = self._scratch.pop()
-            if room.parts >= parts:
-                return room
-        return _Room(self._plan, parts)
+        except IndexError:
+            return _Room(self._plan, parts)
+        return room if room.parts >= parts else _Room(self._plan, parts)
 
     def _call(
         self,

@@ -250,6 +250,20 @@ static void NAME(batch_add)(NAME(batch) *batch, const int32_t *sums, int y, int 
     }
 }
 
+/* The pixels of another batch of the same channels, a row further down; their sums lie `ahead` of its. */
+static inline void NAME(batch_below)(NAME(batch) *batch, const NAME(batch) *above, ptrdiff_t ahead)
+{
+    _Static_assert(sizeof(NAME(slot)) == sizeof(__m256i), "four pointers");
+    const NAME(follow) *e = batch->e;
+    const __m256i on = _mm256_setr_epi64x(ahead * (ptrdiff_t)sizeof(int32_t), e->other.row * (ptrdiff_t)sizeof(int16_t),
+                                          e->out.row * (ptrdiff_t)sizeof(int16_t), e->spikes.row);
+    batch->slots = above->slots;
+    for (int i = 0; i < above->slots; i++) {
+        const __m256i slot = _mm256_loadu_si256((const __m256i *)&above->slot[i]);
+        _mm256_storeu_si256((__m256i *)&batch->slot[i], _mm256_add_epi64(slot, on));
+    }
+}
+
 /* Any other case, by epilogue.h: the `pixels` pixels of a group from (y, x) on. */
 APART static void NAME(follow_plain)(const NAME(follow) *e, const int32_t *sums, int y, int x, int pixels)
 {

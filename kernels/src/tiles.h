@@ -28,6 +28,10 @@
  * LIF, a few pixels between two products: the matrix unit and the vector unit work side by side. Sums are stored beside
  * the first products of the next groups: stored behind the last ones, they would be waited for.
  *
+ * Not all of it, where there is much of it for each product: a core that does both at full width lowers its clock, by a
+ * tenth or a fifth, and keeps it low for longer than a network takes. So there are at most 7 steps of four pixels for 16
+ * taps (MDSNN_BESIDE); the others follow when all products are issued, and, behind a window of few taps, done.
+ *
  * Spikes that nothing but tiles of stride 1 read have their padding where they are (mdsnn_value.border), and are not
  * copied; nor are packed codes that want no padding.
  *
@@ -356,6 +360,9 @@ static inline void NAME(let_go)(const NAME(job) *job)
     STORE(3, job->held[3]);
 }
 
+#define MDSNN_BESIDE 7
+#define MDSNN_FEW 4 /* taps: products of a pair that end before what is beside them */
+
 /* All products of the groups, and what follows those of the batch before. */
 static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int quick,
                                                                   int clamped, int adds, int stores, int fires,
@@ -368,7 +375,8 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
     const int four = job->many == 4, inside = job->end - job->first;
     const int window = job->g->kernel_height * job->g->kernel_width;
     const int many = inside * job->g->chunks * (four ? 2 : job->g->tall);
-    const int parts = (job->before->slots + 3) / 4 * e->steps;
+    const int steps = (job->before->slots + 3) / 4 * e->steps, most = many * MDSNN_BESIDE / 16;
+    const int parts = steps < most ? steps : most, waits = follows && many <= MDSNN_FEW;
     if (fires) {
         if (e->room_for < job->before->slots)
             NAME(count_fired)(e);
@@ -395,7 +403,8 @@ static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job
                 for (int j = 0; j < 2; j++)
                     job->from[j] += four ? 0 : TILE * job->g->line;
             }
-            left--;
+            if (!--left && waits)
+                _mm_lfence();
             unpacks_due += job->unpacks;
             while (unpacks_due >= many && job->next->left) {
                 unpacks_due -= many;
@@ -577,28 +586,37 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             next.to = 0;
             next.left = then ? 8 * taps : 0;
         }
+        int ys[4] = {0}, xs[4] = {0}, pixels[4] = {0}, down = 0;
+        const uint8_t *from[4] = {0};
         for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
             now->slots = 0;
-            int first = g.kernel_height, end = 0, ys[4], xs[4], pixels[4];
+            int first = g.kernel_height, end = 0;
+            down = down == height ? 0 : down; /* a next strip */
+            const int below = down++ && i < side_by_side && !four; /* the two groups before */
             for (int j = 0; j < job.many; j++) {
-                int beside = i < side_by_side, k_th = four ? j : beside ? i : 2 * (i - side_by_side) + j;
-                int there = four ? j < groups : beside || k_th < height; /* else the last one again, for nothing */
-                int y = part.y + (there ? k_th % height : height - 1), x = g.across - 1;
-                if (four && there)
-                    x = k_th / height;
-                else if (beside)
-                    x = k_th / height * 2 + j;
-                x *= g.pixels;
-                ys[j] = y;
-                xs[j] = x;
-                pixels[j] = !there ? 0 : to.width - x < g.pixels ? to.width - x : g.pixels;
                 job.sums[j] = sums + (4 * turn + j) * group;
-                job.from[j] = g.input + (ptrdiff_t)y * g.stride * g.row + x * g.column;
-                int above = g.padding - y * g.stride, below = g.height + g.padding - y * g.stride;
-                first = above < first ? above : first;
-                end = below > end ? below : end;
+                if (below) {
+                    ys[j]++;
+                    from[j] += g.stride * g.row;
+                } else {
+                    int beside = i < side_by_side, k_th = four ? j : beside ? i : 2 * (i - side_by_side) + j;
+                    int there = four ? j < groups : beside || k_th < height; /* else the last one again, for nothing */
+                    int x = g.across - 1;
+                    if (four && there)
+                        x = k_th / height;
+                    else if (beside)
+                        x = k_th / height * 2 + j;
+                    xs[j] = x * g.pixels;
+                    ys[j] = part.y + (there ? k_th % height : height - 1);
+                    pixels[j] = !there ? 0 : to.width - xs[j] < g.pixels ? to.width - xs[j] : g.pixels;
+                    from[j] = g.input + (ptrdiff_t)ys[j] * g.stride * g.row + xs[j] * g.column;
+                }
+                job.from[j] = from[j];
+                int from_top = g.padding - ys[j] * g.stride, to_end = g.height + from_top;
+                first = from_top < first ? from_top : first;
+                end = to_end > end ? to_end : end;
             }
             job.first = first < 0 ? 0 : first * row;
             job.end = end > g.kernel_height ? window : end * row;
@@ -611,11 +629,15 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             pair(&job);
             if (follow[0].plain)
                 NAME(let_go)(&job);
+            else if (below && !op->codes) {
+                NAME(batch_below)(now, job.before, job.sums[0] - (turn ? sums : sums + 4 * group));
+                continue;
+            }
             for (int j = 0; j < job.many; j++)
                 if (follow[0].plain)
-                    NAME(follow_plain)(&follow[n], sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
+                    NAME(follow_plain)(&follow[n], job.sums[j], ys[j], xs[j], pixels[j]);
                 else
-                    NAME(batch_add)(now, sums + (4 * turn + j) * group, ys[j], xs[j], pixels[j]);
+                    NAME(batch_add)(now, job.sums[j], ys[j], xs[j], pixels[j]);
         }
         while (next.left)
             NAME(unpack_tap)(&next, halves);
@@ -637,6 +659,8 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
 }
 
 #undef MDSNN_KINDS
+#undef MDSNN_FEW
+#undef MDSNN_BESIDE
 #undef CHANGE
 #undef STORE
 #undef LOAD
