@@ -586,15 +586,15 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             next.to = 0;
             next.left = then ? 8 * taps : 0;
         }
-        int ys[4] = {0}, xs[4] = {0}, pixels[4] = {0}, down = 0;
+        int ys[4] = {0}, xs[4] = {0}, pixels[4] = {0}, down = 0; /* of each group; rows of a strip that are done */
         const uint8_t *from[4] = {0};
         for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
             now->slots = 0;
             int first = g.kernel_height, end = 0;
-            down = down == height ? 0 : down; /* a next strip */
-            const int below = down++ && i < side_by_side && !four; /* the two groups before */
+            down = down == height ? 0 : down;
+            const int below = down++ && i < side_by_side && !four; /* 1: the pair before is in the row above */
             for (int j = 0; j < job.many; j++) {
                 job.sums[j] = sums + (4 * turn + j) * group;
                 if (below) {
