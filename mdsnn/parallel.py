@@ -13,6 +13,7 @@ import gc
 import inspect
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,8 @@ from mdsnn.kernels.errors import ConfigError, TrainingError
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: the first one reads the data, and at the end measures, alone."""
+PAUSE = 0.5
+"""Seconds in which gloo's threads let go of what they hold, before Python ends."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +190,15 @@ def team(device: str = "cpu") -> Iterator[Team]:
 
 
 def _leave() -> None:
-    """Leave the group, and wait for gloo's threads: one that still lets go of a tensor while Python ends aborts it."""
+    """Leave the group, and let gloo's threads end: one that still lets go of a tensor while Python ends aborts it.
+
+    They are waited for where the group goes with the last that holds it. Behind a `DistributedDataParallel` torch keeps
+    it; then a pause has to do, in which whichever waits for Python's lock gets it.
+    """
     if distributed.is_initialized():
         distributed.destroy_process_group()
         gc.collect()  # what DistributedDataParallel holds in cycles holds the group too
+        time.sleep(PAUSE)
 
 
 def end(code: int) -> NoReturn:
