@@ -473,11 +473,9 @@ class Engine:
         array = check_pixels(self.network, pixels)
         axis = array.ndim - 4
         samples = array.shape[axis]
-        if samples == 1:
-            return self._backend.run(array, trace, threads)
         chunk = min(_CHUNK, -(-samples // threads))
         if chunk == samples:
-            return self._backend.run(array, trace)
+            return self._backend.run(array, trace, threads if samples == 1 else 1)
         todo = deque(
             (number, array[(slice(None),) * axis + (slice(at, at + chunk),)])
             for number, at in enumerate(range(0, samples, chunk))

@@ -360,8 +360,8 @@ static inline void NAME(let_go)(const NAME(job) *job)
     STORE(3, job->held[3]);
 }
 
-#define MDSNN_BESIDE 7
-#define MDSNN_FEW 4 /* taps: products of a pair that end before what is beside them */
+#define MDSNN_BESIDE 7 /* steps of four pixels for 16 taps */
+#define MDSNN_FEW 4 /* most taps whose products end before what follows those of the batch before */
 
 /* All products of the groups, and what follows those of the batch before. */
 static inline __attribute__((always_inline)) void NAME(tiles_run)(NAME(job) *job, int follows, int quick,
@@ -587,7 +587,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             next.left = then ? 8 * taps : 0;
         }
         int ys[4] = {0}, xs[4] = {0}, pixels[4] = {0}, down = 0; /* of each group; rows of a strip that are done */
-        const uint8_t *from[4] = {0};
+        const uint8_t *from[4] = {0}; /* where its windows begin; a job's moves on */
         for (int i = 0; i < rounds; i++, turn = !turn) {
             NAME(batch) *now = &batches[turn];
             now->e = &follow[n];
@@ -630,7 +630,7 @@ static void NAME(fused_tiles)(const frame *f, const mdsnn_op *op, const NAME(lif
             if (follow[0].plain)
                 NAME(let_go)(&job);
             else if (below && !op->codes) {
-                NAME(batch_below)(now, job.before, job.sums[0] - (turn ? sums : sums + 4 * group));
+                NAME(batch_below)(now, job.before, (turn ? 4 : -4) * group);
                 continue;
             }
             for (int j = 0; j < job.many; j++)
